@@ -1,0 +1,51 @@
+# Two commands matter: `make quickstart` and `make test`. Everything is installed into .venv, at the versions in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+FILES := sparklab tests examples benchmarks
+
+.PHONY: quickstart test test-fast lint lab notebooks wheel pins clean
+.DEFAULT_GOAL := quickstart
+
+quickstart: .venv/base ## fine-tune the bundled model and show that it helped
+	$(BIN)/sparklab quickstart
+
+test: .venv/dev ## the whole test suite
+	$(BIN)/python -m pytest
+
+test-fast: .venv/dev ## the tests that take seconds: no training, no browser
+	$(BIN)/python -m pytest -m "not slow and not browser"
+
+lint: .venv/dev ## ruff and mypy
+	$(BIN)/ruff check $(FILES)
+	$(BIN)/ruff format --check $(FILES)
+	$(BIN)/mypy
+
+lab: .venv/dev ## JupyterLab on the first notebook
+	$(BIN)/jupyter lab notebooks/01_first_finetune.ipynb
+
+notebooks: .venv/dev ## write every .ipynb anew from its .py, executed
+	$(BIN)/python notebooks/build.py
+
+wheel: .venv/dev ## build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+pins: .venv/dev ## write constraints.txt anew from what is installed
+	$(BIN)/python tests/pins.py > constraints.new && mv constraints.new constraints.txt
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sparklab needs Python 3.11 or newer: set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/base: .venv/python pyproject.toml constraints.txt
+	@echo "installing into .venv (some minutes, once)"
+	$(PIP) --editable .
+	@touch $@
+
+.venv/dev: .venv/base
+	$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,62 @@
+"""sparklab: fine-tune language models in a notebook on a 128 GB unified-memory box.
+
+A *recipe* and a *box* make a *plan*. A plan and *data* make a *run*. A run is a directory: a *worker* process advances it, *panels* watch it,
+*commands* steer it.
+
+    >>> import sparklab as sl
+    >>> sl.plan("path/to/config.json")                              # will it fit, and how long will it take?
+    >>> run = sl.train(sl.recipes.lora("tiny", "chats.jsonl"), "runs/first")
+    >>> run.compare(["Please send 3 red lamps to Nora in Oslo by Friday."])
+
+Importing does nothing but make these names available; each loads what it needs when it is used, and none loads torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparklab import errors as errors
+    from sparklab.plan import recipes as recipes
+    from sparklab.api import Run, quickstart, train
+    from sparklab.box import Box
+    from sparklab.data.lesson import lesson
+    from sparklab.model.anatomy import Anatomy
+    from sparklab.plan import Plan, PlanTable, plan
+    from sparklab.plan.recipe import Recipe
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Anatomy": "sparklab.model.anatomy",
+    "Box": "sparklab.box",
+    "Plan": "sparklab.plan",
+    "PlanTable": "sparklab.plan",
+    "Recipe": "sparklab.plan.recipe",
+    "Run": "sparklab.api",
+    "errors": "sparklab.errors",
+    "lesson": "sparklab.data.lesson",
+    "plan": "sparklab.plan",
+    "quickstart": "sparklab.api",
+    "recipes": "sparklab.plan.recipes",
+    "train": "sparklab.api",
+}
+
+_MODULES = {"errors", "recipes"}
+
+__all__ = ["Anatomy", "Box", "Plan", "PlanTable", "Recipe", "Run", "errors", "lesson", "plan", "quickstart", "recipes", "train"]  # noqa: PLE0604 - loaded lazily
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'sparklab' has no attribute {name!r}")
+    module = importlib.import_module(home)
+    value = module if name in _MODULES else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,232 @@
+"""The verbs on a run: train, watch, stop, resume, compare, evaluate. What ``import sparklab as sl`` hands out, above all other floors."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparklab.box import Box
+from sparklab.data.lesson import lesson
+from sparklab.data.read import read_chats
+from sparklab.errors import RunError
+from sparklab.model.source import check_trainable
+from sparklab.plan import plan as make_plan
+from sparklab.plan.recipe import Recipe
+from sparklab.results.job import ask
+from sparklab.run import launch
+from sparklab.run.directory import RunDirectory
+from sparklab.run.state import RunState
+
+if TYPE_CHECKING:
+    from sparklab.panels.tables import Comparison, Evaluation
+
+
+def train(recipe: Recipe, path: str | os.PathLike[str] | None = None, *, inline: bool = False, panel: bool = True, force: bool = False) -> Run:
+    """Starts a run in the directory ``path`` (default: ``runs/`` and a name of its own) and returns at once.
+
+    A worker process trains; this one stays free. In a notebook a live panel appears (``panel=False``: none). ``inline=True`` trains in this
+    process instead and returns when it is over. Everything that can be known beforehand is checked before anything is written: the recipe,
+    the model's files, every line of the data, the disk, and that the plan fits (``force=True`` starts what does not).
+
+    Raises RecipeError, ModelError, DataError, DoesNotFit, DiskFull, RunExists.
+    """
+    target = Path(path) if path is not None else Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.fingerprint[:4]}"
+    planned = make_plan(recipe, box=Box.detect())
+    check_trainable(recipe.model)
+    read_chats(recipe.data)
+    if isinstance(recipe.held_out, str):
+        read_chats(recipe.held_out)
+    if not force:
+        planned.check()
+    launch.check_writable(target)
+    launch.check_disk(target, written_bytes(planned, recipe))
+    recipe = recipe.replace(model=str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model, data=str(Path(recipe.data).resolve()))
+    directory = RunDirectory.create(target, recipe, planned.to_dict(), launch.describe(recipe))
+    run = Run(directory)
+    if inline:
+        launch.run_inline(directory)
+    else:
+        launch.start(directory)
+    if panel:
+        run.panel(quiet=True)
+    return run
+
+
+def written_bytes(planned: Any, recipe: Recipe) -> float:
+    """Most bytes a run may write: each checkpoint kept, one being written, and the result. Weights, and two AdamW moments of their size."""
+    width = 4 if recipe.dtype == "fp32" else 2
+    trained = planned.trainable_parameters * max(width, 4 if not planned.box.has_native_bf16 else 2)
+    return float(trained * (3 * (recipe.keep_checkpoints + 1) + 1) + 2**20)
+
+
+class Run:
+    """A run, by its directory. Holds no state of its own: what it says is read from the files, so it is true in any kernel, at any time."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+        self._panel: Any = None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Run:
+        """The run in a directory, live or long finished. Raises RunNotFound."""
+        return cls(RunDirectory(path))
+
+    @property
+    def path(self) -> Path:
+        """The run's directory."""
+        return self.directory.path
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the run was started with."""
+        return self.directory.recipe
+
+    @property
+    def state(self) -> RunState:
+        """The run as it stands now: step, losses, evaluations, memory ..."""
+        return self.directory.state
+
+    @property
+    def status(self) -> str:
+        """starting, running, paused, stopped, failed, finished, or lost (the worker vanished)."""
+        return self.state.status
+
+    # steering
+
+    def stop(self) -> None:
+        """Asks the worker to finish its update, save a checkpoint and leave. Returns at once; :meth:`wait` waits."""
+        self._ask("stop")
+
+    def pause(self) -> None:
+        """Asks the worker to hold still after its update; it keeps its memory. ``resume()`` goes on."""
+        self._ask("pause")
+
+    def checkpoint(self) -> None:
+        """Asks for a checkpoint after the update under way."""
+        self._ask("checkpoint")
+
+    def sample(self, prompts: Sequence[str] = ()) -> None:
+        """Asks the model as it is now; the answers come as ``sample`` events. Default: the recipe's prompts."""
+        self._ask("sample", prompts=list(prompts))
+
+    def _ask(self, command: str, **details: Any) -> None:
+        if not self.directory.is_alive:
+            raise RunError(f"no worker is at work on {self.path} (it is {self.status})", "resume it first, or start a new run")
+        self.directory.send(command, **details)
+
+    def resume(self, *, inline: bool = False, panel: bool = True) -> Run:
+        """Goes on: a paused run at once, a stopped, failed or lost one from its newest good checkpoint. Raises RunError on a finished one."""
+        status = self.status
+        if status == "paused":
+            self.directory.send("resume")
+            return self
+        if status == "finished":
+            raise RunError(f"{self.path} is finished: there is nothing left to do", "start a new run with more epochs")
+        if not self.directory.is_alive:
+            self.directory.take_commands()  # what was asked of a worker that is gone is not asked of the next
+        if inline:
+            launch.run_inline(self.directory)
+        else:
+            launch.start(self.directory)
+        if panel:
+            self.panel(quiet=True)
+        return self
+
+    def wait(self, timeout_seconds: float | None = None) -> Run:
+        """Blocks until the run is over. Ctrl-C (interrupting the kernel) stops the run gracefully and waits for that.
+
+        Raises RunFailed with the worker's own fact and fix, TimeoutError.
+        """
+        try:
+            launch.wait(self.directory, timeout_seconds)
+        except KeyboardInterrupt:
+            if self.directory.is_alive:
+                self.stop()
+            launch.wait(self.directory, timeout_seconds)
+        finally:
+            if self._panel is not None:
+                self._panel.freeze()
+        return self
+
+    # looking
+
+    def panel(self, *, quiet: bool = False) -> Any:
+        """The live panel, in a notebook; elsewhere a summary is printed (nothing where ``quiet``)."""
+        from sparklab.panels.run_panel import show  # noqa: PLC0415 - widgets only where somebody looks
+        from sparklab.panels.terminal import summary  # noqa: PLC0415
+
+        self._panel = show(self.directory)
+        if self._panel is None and not quiet:
+            print(summary(self.state, self.directory.plan))  # noqa: T201 - what the user asked for
+
+    def compare(self, prompts: Sequence[str], max_new_tokens: int | None = None) -> Comparison:
+        """Base and tuned, side by side, on the same prompts (greedy), in a process of its own."""
+        from sparklab.panels.tables import Comparison  # noqa: PLC0415
+
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        answer = ask(self.directory, "compare", prompts=list(prompts), max_new_tokens=max_new_tokens or self.recipe.answer_tokens)
+        return Comparison(rows=tuple(answer["rows"]))
+
+    def evaluate(self, n: int | None = None) -> Evaluation:
+        """Held-out loss, and exact match on the first ``n`` held-out records (default: all), of base and tuned, in a process of its own."""
+        from sparklab.panels.tables import Evaluation  # noqa: PLC0415
+
+        return Evaluation.from_answer(ask(self.directory, "evaluate", n=n))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run in figures, as the CLI's ``--json`` prints it."""
+        state = self.state
+        best = state.best_eval
+        return {
+            "run": str(self.path), "status": state.status, "step": state.step, "steps": state.steps, "reason": state.reason, "fix": state.fix,
+            "loss": state.losses[-1] if state.losses else None, "best_held_out_loss": best["loss"] if best else None,
+            "tokens": state.tokens, "tokens_per_second": state.tokens_per_second, "peak_bytes": state.peak_bytes,
+        }  # fmt: skip
+
+    def __repr__(self) -> str:
+        state = self.state
+        return f"Run({str(self.path)!r}: {state.status}, step {state.step} of {state.steps})"
+
+    def _repr_html_(self) -> str:
+        from sparklab.panels.twin import run_html  # noqa: PLC0415
+
+        return run_html(self.state, self.directory.plan, self.path.name)
+
+
+def quickstart(method: str = "lora", seed: int = 0, path: str | os.PathLike[str] | None = None, *, panel: bool = True) -> Run:
+    """Teaches the bundled tiny model to turn a free-text order into JSON, which it cannot do before, and returns the run at once.
+
+    The lesson's records are written beside the run. Raises RecipeError on an unknown method, and what :func:`train` raises.
+    """
+    target = Path(path) if path is not None else Path("runs") / f"quickstart-{method}-{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return train(lesson(method, seed, target.parent / "lesson"), target, panel=panel)
+
+
+def quickstart_result(run: Run) -> dict[str, Any]:
+    """What the quickstart showed, from the run's events: exact match before and after, time, speed, planned and measured memory."""
+    state = run.state
+    scored = [entry for entry in state.evals if entry["n"] == entry["n"]]  # NaN where no answers were compared
+    finished = next(event for event in reversed(_events(run)) if event["event"] == "finished")
+    return {
+        "method": run.recipe.method,
+        "seed": run.recipe.seed,
+        "exact_match_before": scored[0]["exact_match"],
+        "exact_match_after": scored[-1]["exact_match"],
+        "held_out": int(scored[-1]["n"]),
+        "held_out_loss_before": scored[0]["loss"],
+        "held_out_loss_after": scored[-1]["loss"],
+        "seconds": finished["seconds"],
+        "tokens_per_second": round(finished["tokens_per_second"], 1),
+        "planned_gib": run.directory.plan["peak_gib"],
+        "measured_gib": round(finished["peak_bytes"] / 2**30, 3),
+        "run": str(run.path),
+    }
+
+
+def _events(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.directory.events_path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,92 @@
+"""The live meter: what the one pool of memory holds right now, read from /proc in well under a millisecond.
+
+``MemAvailable`` is the figure to plan and guard by: page cache counts as free there, unlike in what CUDA and NVML report on a
+unified box. Every field is ``NA`` where the system does not tell (macOS, a container without PSI).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparklab.units import KIB, NA, format_bytes, is_na, jsonable
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySnapshot:
+    """One look at the memory; sizes in bytes, ``NA`` where the system does not tell."""
+
+    total_bytes: float = NA
+    """All memory the system sees."""
+    available_bytes: float = NA
+    """What programs can still get without swapping (MemAvailable: free memory and page cache that can go)."""
+    free_bytes: float = NA
+    """What nobody uses, not even as page cache."""
+    cached_bytes: float = NA
+    """Page cache and slabs that the kernel gives back when asked."""
+    swap_used_bytes: float = NA
+    """What was pushed out to disk."""
+    pressure_percent: float = NA
+    """Share of the last ten seconds in which some task waited for memory (PSI some avg10), in percent."""
+    rss_bytes: float = NA
+    """What the process holds in memory."""
+    rss_peak_bytes: float = NA
+    """The most it ever held (VmHWM)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field names to values for JSON; unknown is None."""
+        values: dict[str, Any] = jsonable(asdict(self))
+        return values
+
+    def __repr__(self) -> str:
+        return (
+            f"MemorySnapshot({format_bytes(self.available_bytes)} available of {format_bytes(self.total_bytes)}, "
+            f"process {format_bytes(self.rss_bytes)}, peak {format_bytes(self.rss_peak_bytes)})"
+        )
+
+
+def read_memory(proc: Path = Path("/proc"), pid: int | None = None) -> MemorySnapshot:
+    """What the memory holds now, and what process ``pid`` (default: this one) holds of it. Never raises: what cannot be read is ``NA``."""
+    memory = _sizes(proc / "meminfo")
+    process = _sizes(proc / str(os.getpid() if pid is None else pid) / "status")
+    swap_used = memory.get("SwapTotal", NA) - memory.get("SwapFree", NA)
+    # Shmem (tmpfs) is counted inside Cached but cannot be dropped.
+    cached = memory.get("Cached", NA) + memory.get("Buffers", 0.0) + memory.get("SReclaimable", 0.0) - memory.get("Shmem", 0.0)
+    return MemorySnapshot(
+        total_bytes=memory.get("MemTotal", NA),
+        available_bytes=memory.get("MemAvailable", NA),
+        free_bytes=memory.get("MemFree", NA),
+        cached_bytes=cached if is_na(cached) else max(0.0, cached),
+        swap_used_bytes=swap_used,
+        pressure_percent=_pressure(proc / "pressure" / "memory"),
+        rss_bytes=process.get("VmRSS", NA),
+        rss_peak_bytes=process.get("VmHWM", NA),
+    )
+
+
+def _sizes(path: Path) -> dict[str, float]:
+    """Lines like ``MemTotal:  24684092 kB`` as {name: bytes}; other lines are skipped."""
+    sizes: dict[str, float] = {}
+    try:
+        text = path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return sizes
+    for line in text.splitlines():
+        name, _, rest = line.partition(":")
+        words = rest.split()
+        if len(words) == 2 and words[1] == "kB" and words[0].isdigit():
+            sizes[name] = float(words[0]) * KIB
+    return sizes
+
+
+def _pressure(path: Path) -> float:
+    """The avg10 of the ``some`` line of a PSI file, in percent."""
+    try:
+        for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("some "):
+                return float(line.split("avg10=")[1].split()[0])
+    except (OSError, IndexError, ValueError):
+        pass
+    return NA

@@ -1,0 +1,255 @@
+"""The command line: the same verbs as ``import sparklab as sl``, each with ``--json``.
+
+Exit status: 0 done, 1 an error of sparklab's own, 2 something the user can mend (one clear error, no traceback), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sparklab.errors import SparklabError
+from sparklab.plan.recipe import Recipe, field_help
+from sparklab.units import jsonable
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except SparklabError as error:
+        if options.json:
+            _print_json(error.to_dict())
+        print(f"sparklab: {error}", file=sys.stderr)  # noqa: T201
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # `sparklab ... | head` is no error
+        sys.stderr.close()
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs with their flags; a recipe's flags derive from its fields."""
+    parser = argparse.ArgumentParser(prog="sparklab", description="Fine-tune language models on a 128 GB unified-memory box.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    verb = _verb(verbs, "box", "what this machine has: memory usable now, compute, what was measured and what assumed", _box)
+    verb.add_argument("name", nargs="?", default="this", help="a profile instead of this machine (default: this)")
+
+    verb = _verb(verbs, "plan", "whether a model fits and how long it takes, from its config.json alone", _plan)
+    verb.add_argument("model", help="a config.json, a model directory, a hub name, or tiny")
+    verb.add_argument("--box", help="a profile instead of this machine")
+    verb.add_argument("--tokens", type=int, help="non-pad tokens to train on, for hours and Wh")
+    _recipe_flags(verb, leave_out={"model", "data", "held_out"})
+
+    verb = _verb(verbs, "train", "train a recipe in a run directory", _train)
+    verb.add_argument("model", help=field_help()["model"])
+    verb.add_argument("data", help=field_help()["data"])
+    verb.add_argument("--run", dest="directory", help="the run directory (default: runs/ and a name of its own)")
+    verb.add_argument("--detach", action="store_true", help="return at once; look with sparklab watch")
+    verb.add_argument("--force", action="store_true", help="start although the plan does not fit")
+    _recipe_flags(verb, leave_out={"model", "data"})
+
+    verb = _verb(verbs, "quickstart", "teach the bundled model something it cannot do, and show that it helped", _quickstart)
+    verb.add_argument("--method", default="lora", help="lora, qlora or full (default: lora)")
+    verb.add_argument("--seed", type=int, default=0, help="seed of the training data and the run (default: 0)")
+    verb.add_argument("--run", dest="directory", help="the run directory (default: runs/quickstart-...)")
+
+    for name, text, action in (
+        ("watch", "follow a run until it is over", _watch),
+        ("stop", "finish the update, save a checkpoint, leave", _stop),
+        ("pause", "hold a run after its update", _pause),
+        ("checkpoint", "save a checkpoint now", _checkpoint),
+        ("resume", "go on from a pause, or from the newest good checkpoint", _resume),
+        ("compare", "answers of base and tuned, side by side", _compare),
+        ("evaluate", "held-out loss and exact match of base and tuned", _evaluate),
+    ):
+        verb = _verb(verbs, name, text, action)
+        verb.add_argument("directory", help="the run directory")
+        if name == "compare":
+            verb.add_argument("prompts", nargs="+", help="what to ask")
+        if name == "evaluate":
+            verb.add_argument("--n", type=int, help="how many held-out records are answered (default: all)")
+        if name == "resume":
+            verb.add_argument("--detach", action="store_true", help="return at once")
+    return parser
+
+
+def _verb(verbs: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _recipe_flags(parser: argparse.ArgumentParser, leave_out: set[str]) -> None:
+    """A flag for every field of the recipe; what is not given keeps the recipe's default (or the planner's choice)."""
+    hints, texts = typing.get_type_hints(Recipe), field_help()
+    group = parser.add_argument_group("recipe")
+    for field in dataclasses.fields(Recipe):
+        if field.name in leave_out:
+            continue
+        text = texts[field.name].replace("%", "%%").replace("``", "")
+        flag, options = "--" + field.name.replace("_", "-"), {"default": argparse.SUPPRESS, "dest": f"recipe_{field.name}", "help": text}
+        if hints[field.name] is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif typing.get_origin(hints[field.name]) is tuple:
+            group.add_argument(flag, nargs="+", type=_parser_of(hints[field.name]), **options)
+        else:
+            group.add_argument(flag, type=_parser_of(hints[field.name]), metavar=field.name.rsplit("_", 1)[-1].upper(), **options)
+
+
+def _parser_of(hint: Any) -> Callable[[str], Any]:
+    """How a flag's text becomes the field's type: the first of int, float and str, of those the field allows, that takes it."""
+    origin = typing.get_origin(hint)
+    allowed = set(typing.get_args(hint)) if origin in (typing.Union, types.UnionType, tuple) else {hint}
+
+    def parse(text: str) -> Any:
+        if text.lower() == "none" and type(None) in allowed:
+            return None
+        for kind in (int, float):
+            if kind in allowed:
+                try:
+                    return kind(text)
+                except ValueError:
+                    continue
+        return tuple(text.split(",")) if "," in text and any(typing.get_origin(one) is tuple for one in allowed) else text
+
+    return parse
+
+
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    given = {name.removeprefix("recipe_"): value for name, value in vars(options).items() if name.startswith("recipe_")}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(jsonable(content), ensure_ascii=False))  # noqa: T201
+
+
+def _show(options: argparse.Namespace, content: dict[str, Any], text: object) -> None:
+    """One JSON object, or the words for a person."""
+    if options.json:
+        _print_json(content)
+    else:
+        print(text)  # noqa: T201
+
+
+# the verbs; each imports what it needs, so that `sparklab plan` stays quick
+
+
+def _box(options: argparse.Namespace) -> None:
+    from sparklab.box import Box  # noqa: PLC0415
+
+    box = Box.profile(options.name)
+    _show(options, box.to_dict(), box.describe())
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from sparklab.box import Box  # noqa: PLC0415
+    from sparklab.plan import plan  # noqa: PLC0415
+
+    table = plan(options.model, box=Box.profile(options.box) if options.box else None, tokens=options.tokens, **_changes(options))
+    _show(options, table.to_dict(), table)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from sparklab.api import train  # noqa: PLC0415
+    from sparklab.plan import recipes  # noqa: PLC0415
+
+    changes = _changes(options)
+    recipe = getattr(recipes, changes.pop("method", "lora"))(options.model, options.data, **changes)
+    return _follow(options, train(recipe, options.directory, panel=False, force=options.force), options.detach)
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from sparklab.api import quickstart, quickstart_result  # noqa: PLC0415
+
+    run = quickstart(options.method, options.seed, options.directory, panel=False)
+    status = _follow(options, run, detach=False, quiet=True)
+    if status == 0 and run.status == "finished":
+        result = quickstart_result(run)
+        _show(options, result, _quickstart_words(result))
+    return status
+
+
+def _quickstart_words(result: dict[str, Any]) -> str:
+    return (
+        f"\nIt helped: {result['exact_match_before']:.1%} of {result['held_out']} unseen orders were turned into the right JSON before, "
+        f"{result['exact_match_after']:.1%} after.\n{result['method']}, {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} non-pad tokens/s; "
+        f"memory planned {result['planned_gib']:.2f} GiB, measured {result['measured_gib']:.2f} GiB.\n"
+        f"Look again: sparklab watch {result['run']}\nAsk it:     sparklab compare {result['run']} 'Ship 12 red kites to Cairo for Omar, due Friday.'"
+    )
+
+
+def _follow(options: argparse.Namespace, run: Any, detach: bool, quiet: bool = False) -> int:
+    """Shows a run's progress until it is over; Ctrl-C stops it gracefully."""
+    from sparklab.panels.terminal import follow  # noqa: PLC0415
+    from sparklab.run.launch import raise_failure  # noqa: PLC0415
+
+    if not detach:
+        try:
+            state = follow(run.directory)
+        except KeyboardInterrupt:
+            print("\nstopping after this update; a checkpoint is saved ...", file=sys.stderr)  # noqa: T201
+            if run.directory.is_alive:
+                run.stop()
+            state = follow(run.directory)
+        raise_failure(run.directory, state)
+    if not quiet:
+        _show(options, run.to_dict(), run)
+    return 0
+
+
+def _open(options: argparse.Namespace) -> Any:
+    from sparklab.api import Run  # noqa: PLC0415
+
+    return Run.open(options.directory)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    return _follow(options, _open(options), detach=False)
+
+
+def _stop(options: argparse.Namespace) -> None:
+    _open(options).stop()
+    _show(options, {"asked": "stop", "run": options.directory}, f"asked {options.directory} to stop; it saves a checkpoint first")
+
+
+def _pause(options: argparse.Namespace) -> None:
+    _open(options).pause()
+    _show(options, {"asked": "pause", "run": options.directory}, f"asked {options.directory} to pause")
+
+
+def _checkpoint(options: argparse.Namespace) -> None:
+    _open(options).checkpoint()
+    _show(options, {"asked": "checkpoint", "run": options.directory}, f"asked {options.directory} for a checkpoint")
+
+
+def _resume(options: argparse.Namespace) -> int:
+    return _follow(options, _open(options).resume(panel=False), options.detach)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    comparison = _open(options).compare(options.prompts)
+    _show(options, comparison.to_dict(), comparison)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    evaluation = _open(options).evaluate(options.n)
+    _show(options, evaluation.to_dict(), evaluation)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

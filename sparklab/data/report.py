@@ -1,0 +1,90 @@
+"""What became of the data, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from sparklab.units import format_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """Counts over one preparation; the training side unless the name says otherwise. All counts are exact."""
+
+    records: int
+    """Records read, those held out included."""
+    documents: int
+    """Documents that are trained on: training records less dropped and unsupervised ones."""
+    tokens: int
+    """Tokens in them, none of it padding."""
+    supervised: int
+    """Tokens that are learned."""
+    rows: int
+    row_tokens: int
+    """Tokens a full row holds."""
+    longest: int
+    """Tokens of the longest record as tokenised, before truncation, held-out ones included."""
+    truncated: int
+    """Documents cut at max_length."""
+    dropped: int
+    """Records left out because they were longer than max_length."""
+    unsupervised: int
+    """Records left out because no token of theirs is learned, mostly after truncation."""
+    held_out: int
+    """Held-out records (those that are asked)."""
+    held_out_documents: int
+    """Held-out documents (those whose loss is taken)."""
+    held_out_tokens: int
+    held_out_supervised: int
+    held_out_truncated: int
+    held_out_dropped: int
+    """Held-out records without a loss, being too long or without a learned token."""
+    overlap: int
+    """Held-out records that are word for word among those trained on."""
+    duplicates: int
+    """Training records that repeat an earlier one word for word."""
+    ignored_fields: dict[str, int]
+    """Fields of the records that nothing uses, and in how many records they stand."""
+    template_warnings: tuple[str, ...] = ()
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows that is tokens, 0 to 1."""
+        return self.tokens / (self.rows * self.row_tokens) if self.rows else 0.0
+
+    @property
+    def supervised_share(self) -> float:
+        """Share of the tokens that is learned, 0 to 1."""
+        return self.supervised / self.tokens if self.tokens else 0.0
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know before spending a step, in words."""
+        found = list(self.template_warnings)
+        for count, what in (
+            (self.truncated + self.held_out_truncated, "documents were cut at max_length, and with the end their last answer's end-of-turn"),
+            (self.dropped, "records were left out, being longer than max_length"),
+            (self.unsupervised, "records were left out, having no token to learn"),
+            (self.overlap, f"of {self.held_out:,} held-out records are also trained on, so what is measured there was learned by heart"),
+            (self.duplicates, "training records repeat an earlier one"),
+        ):
+            if count:
+                found.append(f"{count:,} {what}")
+        if self.ignored_fields:
+            found.append("not used: " + ", ".join(f"{name} ({count:,} records)" for name, count in sorted(self.ignored_fields.items())))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers by name, ready for JSON."""
+        computed = {"fill": self.fill, "supervised_share": self.supervised_share, "warnings": self.warnings}
+        return {**dataclasses.asdict(self), "template_warnings": list(self.template_warnings), **computed}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.records:,} records: {self.documents:,} documents to train on, {self.held_out:,} held out",
+            f"{format_count(self.tokens)} tokens, {self.supervised_share:.0%} of them learned; longest record {self.longest:,}",
+            f"{self.rows:,} rows of {self.row_tokens:,} tokens, {self.fill:.1%} full",
+        ]
+        return "\n".join([*lines, *(f"! {warning}" for warning in self.warnings)])

@@ -1,0 +1,72 @@
+"""Greedy answers: what the model says, for comparing base with tuned and for counting exact matches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparklab.data.template import stop_ids
+from sparklab.model.load import causal_lm
+from sparklab.plan.ledger import ANSWERS_AT_ONCE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+
+@contextmanager
+def generating(model: nn.Module) -> Iterator[Any]:
+    """The model in the state generation needs (evaluation mode, masked SDPA with a cache), put back afterwards."""
+    base = causal_lm(model)
+    implementation, was_training = base.config._attn_implementation, model.training
+    model.eval()
+    base.set_attn_implementation("sdpa")
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        base.set_attn_implementation(implementation)
+        model.train(was_training)
+
+
+def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    """Greedy continuations of prompts given as token ids, in their order, special tokens left out.
+
+    Prompts of similar length go together, so that little is computed for padding.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    texts = [""] * len(prompts)
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with generating(model) as ready:
+        stops = _stops(ready, tokenizer)
+        for start in range(0, len(order), ANSWERS_AT_ONCE):
+            chosen = order[start : start + ANSWERS_AT_ONCE]
+            width = max(len(prompts[index]) for index in chosen)
+            ids = torch.tensor([[pad] * (width - len(prompts[index])) + list(prompts[index]) for index in chosen], device=device)
+            mask = torch.tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen], device=device)
+            output = ready.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=stops
+            )
+            for index, text in zip(chosen, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
+                texts[index] = text
+    return texts
+
+
+def _stops(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the template's end of turn, the tokenizer's end of text and those of the generation config."""
+    configured = causal_lm(model).generation_config.eos_token_id
+    stops = {*stop_ids(tokenizer), *(configured if isinstance(configured, list) else [configured])}
+    return sorted(stop for stop in stops if stop is not None)
+
+
+def exact_match(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
+    """Share of answers equal to the truth letter by letter (outer blanks aside), with n and the standard error sqrt(p(1-p)/n)."""
+    assert len(answers) == len(truths) > 0
+    share = sum(given.strip() == true.strip() for given, true in zip(answers, truths, strict=True)) / len(truths)
+    return {"exact_match": share, "n": len(truths), "standard_error": math.sqrt(share * (1 - share) / len(truths))}

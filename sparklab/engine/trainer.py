@@ -1,0 +1,169 @@
+"""The loop: ``transformers.Trainer`` with sparklab's rows, loss and checkpoints put in at its own seams."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from sparklab.data.dataset import Row
+from sparklab.data.pack import epoch_order
+from sparklab.model.load import causal_lm
+from sparklab.plan.recipe import Recipe
+from sparklab.engine import checkpoint
+from sparklab.engine.loss import IGNORE, chunked_cross_entropy, full_cross_entropy
+
+
+def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """One packed row as tensors: [1, T] ids, positions that restart, labels, and the borders of its documents."""
+    (row,) = rows  # the row is the micro-batch
+    return {
+        "input_ids": torch.tensor([row.input_ids]),
+        "position_ids": torch.tensor([row.position_ids]),
+        "labels": torch.tensor([row.labels]),
+        "cu_seq_lens_q": torch.tensor(row.boundaries, dtype=torch.int32),
+    }
+
+
+class EpochSampler(Sampler[int]):
+    """Every row once, in an order that depends on seed and epoch alone, so that a resumed run meets the same rows."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(epoch_order(self.rows, self.seed, self.epoch))
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
+    """Trainer over packed rows: loss from hidden states, a mean over all supervised tokens of an update, checkpoints without pickles."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, folder: Path, train_rows: Sequence[Row], held_out_rows: Sequence[Row], callback: TrainerCallback) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.update_tokens = self.update_supervised = 0
+        arguments = training_arguments(recipe, folder, len(train_rows), held_out=bool(held_out_rows))
+        super().__init__(
+            model=model, args=arguments, data_collator=collate, train_dataset=train_rows, eval_dataset=held_out_rows if len(held_out_rows) else None,
+            callbacks=[callback],
+        )
+        # compute_loss divides by the supervised tokens of the whole update itself
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
+        """Cross-entropy of one row, as its part of the mean over the ``num_items_in_batch`` supervised tokens of the update."""
+        assert not return_outputs, "no logits are ever held"
+        self.update_tokens += inputs["input_ids"].numel()
+        count = float(num_items_in_batch) if num_items_in_batch is not None else float((inputs["labels"][:, 1:] != IGNORE).sum())
+        return row_loss(model, inputs, count, self.recipe.loss) * self.accelerator.num_processes
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """As :meth:`measure_loss`, and tells the callbacks."""
+        metrics = self.measure_loss()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure_loss(self) -> dict[str, float]:
+        """Held-out loss as ``eval_loss`` and the supervised tokens it is a mean over as ``eval_tokens``."""
+        measured = mean_loss(self.model, self.eval_dataset or (), self.recipe.loss, self.args.device)
+        return {"eval_loss": measured["loss"], "eval_tokens": measured["tokens"]}
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return EpochSampler(len(train_dataset if train_dataset is not None else self.train_dataset), self.recipe.seed)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with checkpoint.written_whole(checkpoint.step_path(self.folder, self.state.global_step)) as draft:
+            checkpoint.save_weights(self.model, draft)
+            checkpoint.save_optimizer(self.optimizer, draft)
+            checkpoint.save_scheduler(self.lr_scheduler, draft)
+            checkpoint.save_rng(draft)
+            self.state.save_to_json(str(draft / "trainer_state.json"))
+        checkpoint.keep_last(self.folder, self.recipe.keep_checkpoints)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint.load_weights(model if model is not None else self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is not None:
+            checkpoint.load_optimizer(self.optimizer, Path(folder))
+            checkpoint.load_scheduler(self.lr_scheduler, Path(folder))
+
+    def _load_rng_state(self, folder: str | None) -> None:
+        if folder is not None:
+            checkpoint.load_rng(Path(folder))
+
+
+def mean_loss(model: nn.Module, rows: Sequence[Row], kind: str, device: torch.device) -> dict[str, float]:
+    """Mean cross-entropy over all supervised tokens of the rows (NaN for none). Draws no random number, so it changes no later step."""
+    was_training = model.training
+    model.eval()
+    total = tokens = 0.0
+    with torch.no_grad():
+        for row in rows:
+            inputs = {name: tensor.to(device) if name != "cu_seq_lens_q" else tensor for name, tensor in collate([row]).items()}
+            total += float(row_loss(model, inputs, 1.0, kind))
+            tokens += float((inputs["labels"][:, 1:] != IGNORE).sum())
+    model.train(was_training)
+    return {"loss": total / tokens if tokens else math.nan, "tokens": tokens}
+
+
+def row_loss(model: nn.Module, inputs: dict[str, Tensor], count: float, kind: str) -> Tensor:
+    """Sum of the cross-entropies of one packed row's supervised tokens, divided by ``count``."""
+    language_model = causal_lm(model)
+    borders = inputs["cu_seq_lens_q"]
+    hidden_TH = language_model.get_decoder()(
+        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False, cu_seq_lens_q=borders, cu_seq_lens_k=borders
+    ).last_hidden_state[0]
+    labels_T = torch.nn.functional.pad(inputs["labels"][0, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1
+    head_VH = language_model.get_output_embeddings().weight
+    loss = chunked_cross_entropy if kind == "chunked" else full_cross_entropy
+    return loss(hidden_TH, head_VH, labels_T, count)
+
+
+def total_steps(recipe: Recipe, rows: int) -> int:
+    """Updates in the whole run: rows a pass over rows an update, rounded up, times passes; or max_steps where that is less."""
+    steps = math.ceil(math.ceil(rows / recipe.micro_batches_per_update) * recipe.epochs)
+    return min(steps, recipe.max_steps or steps)
+
+
+def training_arguments(recipe: Recipe, folder: Path, rows: int, held_out: bool) -> TrainingArguments:
+    """The recipe in Trainer's words. Logging every update is ours to read; saving and evaluating keep to the recipe's pace."""
+    steps = total_steps(recipe, rows)
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,  # one packed row
+        gradient_accumulation_steps=recipe.micro_batches_per_update,
+        max_steps=steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=math.ceil(recipe.warmup_share * steps),
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.betas[0],
+        adam_beta2=recipe.betas[1],
+        max_grad_norm=recipe.clip_norm,
+        optim="adamw_torch_fused",
+        seed=recipe.seed,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN is news, not noise
+        save_strategy="steps",
+        save_steps=recipe.save_every or max(1, math.ceil(steps / 4)),
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=recipe.eval_every or max(1, math.ceil(steps / 10)),
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,  # one pool: there is nothing to copy faster to
+    )

@@ -1,0 +1,157 @@
+// Shared parts of every live panel: elements, ticks, and a canvas plot. Text from data, models and files enters as textContent only.
+
+/** An element: make("b", "sl-word", "Training", {role: "status"}). */
+function make(tag, className = "", text = "", attributes = {}) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text) node.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return node;
+}
+
+/** Sets text only where it differs: unchanged nodes cost no layout and no announcement. */
+function say(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+const FACTORS = [1, 2, 2.5, 5, 10];
+
+/** Evenly spaced round numbers around [low, high]; the same arithmetic as ticks() in parts.py. */
+function ticks(low, high, count = 4) {
+  if (!isFinite(low) || !isFinite(high)) return [0, 1];
+  if (high - low <= 1e-12 * Math.max(Math.abs(low), Math.abs(high), 1e-300)) {
+    const room = (Math.abs(low) || 1) * 0.1;
+    low -= room; high += room;
+  }
+  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * FACTORS.find((factor) => factor * power >= rough * 0.999);
+  const first = Math.floor(low / step + 1e-9), last = Math.ceil(high / step - 1e-9);
+  return Array.from({ length: last - first + 1 }, (_, index) => (first + index) * step);
+}
+
+/** 1, 2, 5 times powers of ten around [low, high], both above zero. */
+function logTicks(low, high) {
+  const all = [];
+  for (let power = Math.floor(Math.log10(low)) - 1; power <= Math.ceil(Math.log10(high)); power++) {
+    for (const factor of [1, 2, 5]) all.push(factor * 10 ** power);
+  }
+  const first = Math.max(0, all.findLastIndex((tick) => tick <= low * 1.0001));
+  const last = all.findIndex((tick) => tick >= high * 0.9999);
+  const found = all.slice(first, (last < 0 ? all.length - 1 : last) + 1);
+  const stride = Math.ceil(found.length / 7); // the ends stay, the middle thins out
+  return found.filter((_, index) => index === 0 || index === found.length - 1 || (index % stride === 0 && index < found.length - stride / 2));
+}
+
+function tickLabel(value, step) {
+  if (value && (Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3)) return value.toPrecision(3).replace(/\.?0+(e|$)/, "$1");
+  const decimals = step > 0 ? Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) : 0;
+  const round = Math.abs(step * 10 ** decimals - Math.round(step * 10 ** decimals)) < 1e-6;
+  return value.toFixed(Math.min(6, decimals + (round ? 0 : 1)));
+}
+
+/** Where a step axis ends: a round number beyond the last step, so that the axis moves rarely; as axis_end() in parts.py. */
+function axisEnd(last, steps) {
+  const beyond = Math.max(10, last * 1.04), power = 10 ** Math.floor(Math.log10(beyond));
+  const rounded = Math.floor([1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((factor) => factor * power >= beyond) * power);
+  return Math.max(last, steps ? Math.min(rounded, steps) : rounded, 1);
+}
+
+/** Exponential mean over both sides, as smooth() in parts.py: no lag, no bias at the ends, NaN weighs nothing. */
+function smooth(values, count, beta) {
+  const smoothed = new Float32Array(count), weights = new Float32Array(count);
+  let sum = 0, weight = 0;
+  for (let index = 0; index < count; index++) {
+    const own = isFinite(values[index]);
+    sum = beta * sum + (own ? values[index] : 0); weight = beta * weight + (own ? 1 : 0);
+    smoothed[index] = sum; weights[index] = weight;
+  }
+  sum = weight = 0;
+  for (let index = count - 1; index >= 0; index--) { // the value itself was counted on the way up
+    smoothed[index] = (smoothed[index] + beta * sum) / (weights[index] + beta * weight);
+    const own = isFinite(values[index]);
+    sum = beta * sum + (own ? values[index] : 0); weight = beta * weight + (own ? 1 : 0);
+  }
+  return smoothed;
+}
+
+/** Lowest and highest finite value of some series. */
+function extent(...series) {
+  let low = Infinity, high = -Infinity;
+  for (const values of series) for (const value of values) {
+    if (value < low) low = value; // NaN compares false and infinity is kept out below
+    if (value > high && value !== Infinity) high = value;
+  }
+  return [low === -Infinity ? NaN : low, high];
+}
+
+/** The smallest value above zero, where a logarithmic axis begins. */
+function leastPositive(...series) {
+  let low = Infinity;
+  for (const values of series) for (const value of values) if (value > 0 && value < low) low = value;
+  return low;
+}
+
+/** A canvas at the device's own resolution, cleared; null while it has no size. */
+function canvasContext(canvas) {
+  const ratio = window.devicePixelRatio || 1, width = canvas.clientWidth, height = canvas.clientHeight;
+  if (!width || !height) return null;
+  const wide = Math.round(width * ratio), high = Math.round(height * ratio);
+  if (canvas.width !== wide || canvas.height !== high) { canvas.width = wide; canvas.height = high; }
+  const context = canvas.getContext("2d");
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.clearRect(0, 0, width, height);
+  return { context, width, height };
+}
+
+/** One curve, at most first, lowest, highest and last value of each pixel column, so that 100,000 points draw as fast as 1,000. */
+function strokeCurve(context, xs, values, count, X, Y, colour, lineWidth, alpha) {
+  context.strokeStyle = colour; context.lineWidth = lineWidth; context.globalAlpha = alpha;
+  context.lineJoin = context.lineCap = "round";
+  context.beginPath();
+  let column = NaN, low = 0, high = 0, last = 0, pen = false;
+  const flush = () => { if (low !== high) { context.lineTo(column, Y(low)); context.lineTo(column, Y(high)); context.lineTo(column, Y(last)); } };
+  for (let index = 0; index < count; index++) {
+    const value = values[index];
+    if (!isFinite(value)) continue;
+    const x = Math.round(X(xs[index]) * 2) / 2;
+    if (x !== column) {
+      if (pen) { flush(); context.lineTo(x, Y(value)); } else { context.moveTo(x, Y(value)); pen = true; }
+      column = x; low = high = last = value;
+    } else { last = value; if (value < low) low = value; if (value > high) high = value; }
+  }
+  if (pen) { flush(); context.stroke(); }
+  context.globalAlpha = 1;
+}
+
+/** Index of the value nearest to x in ascending xs[0..count). */
+function nearest(xs, count, x) {
+  let low = 0, high = count - 1;
+  while (low < high) { const middle = (low + high) >> 1; if (xs[middle] < x) low = middle + 1; else high = middle; }
+  return low > 0 && x - xs[low - 1] < xs[low] - x ? low - 1 : low;
+}
+
+/** Float rows that grow: append(bytes) takes little-endian float32 rows; column(i) is a view of one figure over all rows. */
+class Rows {
+  constructor(width) { this.width = width; this.clear(); }
+  clear() { this.count = 0; this.columns = Array.from({ length: this.width }, () => new Float32Array(1024)); }
+  append(view, skip = 0) {
+    const floats = new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+    const rows = Math.floor(floats.length / this.width);
+    while (this.columns[0].length < this.count + rows) {
+      this.columns = this.columns.map((old) => { const grown = new Float32Array(old.length * 2); grown.set(old); return grown; });
+    }
+    for (let row = skip; row < rows; row++, this.count++) {
+      for (let index = 0; index < this.width; index++) this.columns[index][this.count] = floats[row * this.width + index];
+    }
+  }
+  column(index) { return this.columns[index].subarray(0, this.count); }
+}
+
+/** Calls back when the page changes between light and dark; returns how to stop. */
+function onTheme(callback) {
+  const query = window.matchMedia("(prefers-color-scheme: dark)");
+  const observer = new MutationObserver(callback);
+  observer.observe(document.body, { attributes: true, attributeFilter: ["class", "data-jp-theme-name", "data-vscode-theme-kind"] });
+  query.addEventListener("change", callback);
+  return () => { observer.disconnect(); query.removeEventListener("change", callback); };
+}

@@ -1,0 +1,242 @@
+"""The shared parts of every panel: colours, escaping, and pictures that survive where scripts and styles do not.
+
+A picture here is an SVG behind ``<img src="data:...">``: JupyterLab strips ``<svg>`` and ``<style>`` from notebooks it does not trust, but keeps
+images. It holds shapes only; every word stands beside it in HTML, in the page's own colour and size, so that it reads in light, dark, narrow
+and wide alike.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+# Mid-tones: each keeps at least 3:1 against white and against JupyterLab's dark #111, so that one picture serves both themes.
+LOSS: Final = "#3b82f6"
+HELD_OUT: Final = "#d9730d"
+GOOD: Final = "#2b9a66"
+WARN: Final = "#b8860b"
+BAD: Final = "#e5484d"
+DIM: Final = "#787878"
+LINE: Final = "rgba(128,128,128,.28)"
+SEGMENTS: Final = ("#3b82f6", "#12a594", "#8e6ad8", "#d9730d", "#d6568c", "#7c9a2b", "#8a8f98")
+"""Components of a stacked bar, in order; the last is for whatever nobody itemised."""
+
+_ESCAPE_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def clean(text: object, limit: int = 4000) -> str:
+    """``text`` without terminal escape codes, control characters and direction overrides, cut at ``limit`` characters.
+
+    >>> clean("a\\x1b[31mb\\x00c")
+    'abc'
+    """
+    plain = str(text)
+    plain = plain[: 4 * limit]  # a hostile file may hold megabytes: no pattern runs over them
+    plain = _INVISIBLE.sub("", _ESCAPE_CODE.sub("", plain).replace("\r\n", "\n"))
+    return plain if len(plain) <= limit else plain[: limit - 1] + "…"
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """As :func:`clean`, with line breaks and tabs as spaces."""
+    return clean(" ".join(clean(text, 4 * limit).split()), limit)
+
+
+def escape(text: object, limit: int = 4000) -> str:
+    """``text`` cleaned and safe inside HTML, as content or as a quoted attribute."""
+    return html.escape(clean(text, limit), quote=True)
+
+
+def css_variables() -> str:
+    """The colours above for the stylesheet, so that the live panel and its twin cannot differ."""
+    named = {"loss": LOSS, "held-out": HELD_OUT, "good": GOOD, "warn": WARN, "bad": BAD}
+    return ".sparklab{" + "".join(f"--sl-{name}:{colour};" for name, colour in named.items()) + "}\n"
+
+
+def image(svg: str, alt: str, height_px: int) -> str:
+    """The SVG as an image that fills the width it is given; ``alt`` says in words what it shows."""
+    data = base64.b64encode(svg.encode()).decode()
+    return f'<img alt="{escape(alt)}" style="display:block;width:100%;height:{height_px}px" height="{height_px}" src="data:image/svg+xml;base64,{data}">'
+
+
+def swatch(colour: str, *, hollow: bool = False) -> str:
+    """A small square of colour for a legend."""
+    fill = f"border:1.5px solid {colour};width:7px;height:7px" if hollow else f"background:{colour};width:10px;height:10px"
+    return f'<span style="display:inline-block;{fill};border-radius:2px;margin-right:6px"></span>'
+
+
+def smooth(values: Sequence[float], beta: float) -> list[float]:
+    """Exponential mean over both sides, weights falling by ``beta`` a step: no lag behind a falling curve, no bias at its ends, NaN weighs nothing.
+
+    >>> smooth([3.0, 3.0, math.nan, 3.0], 0.9)
+    [3.0, 3.0, 3.0, 3.0]
+    """
+    before, after = _one_sided(values, beta), _one_sided(values[::-1], beta)[::-1]
+    smoothed = []
+    for value, (left, left_weight), (right, right_weight) in zip(values, before, after, strict=True):
+        own = math.isfinite(value)  # counted by both sides
+        weight = left_weight + right_weight - own
+        smoothed.append((left + right - (value if own else 0.0)) / weight if weight > 0 else math.nan)
+    return smoothed
+
+
+def _one_sided(values: Sequence[float], beta: float) -> list[tuple[float, float]]:
+    """(sum, weight) up to and with each value."""
+    total = weight = 0.0
+    sums = []
+    for value in values:
+        own = math.isfinite(value)
+        total, weight = beta * total + (value if own else 0.0), beta * weight + own
+        sums.append((total, weight))
+    return sums
+
+
+def smoothing(steps: int) -> float:
+    """How much the bold curve remembers: about a fortieth of the run, from 4 to 60 updates."""
+    return 1 - 1 / min(60.0, max(4.0, steps / 40))
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Evenly spaced round numbers that enclose ``low`` and ``high``: ``ticks(0.13, 1.9) == [0.0, 0.5, 1.0, 1.5, 2.0]``."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return [0.0, 1.0]
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
+        low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
+    rough = (high - low) / count
+    power: float = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def tick_label(value: float, step: float) -> str:
+    """A tick with as many decimals as its neighbours need."""
+    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
+        return f"{value:.3g}"
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
+    return f"{value:.{min(6, decimals + (0 if _round_at(step, decimals) else 1))}f}"
+
+
+def _round_at(step: float, decimals: int) -> bool:
+    scaled = step * 10.0**decimals
+    return abs(scaled - round(scaled)) < 1e-6
+
+
+def axis_end(last: int, steps: int) -> int:
+    """Where a step axis ends: a round number beyond the last step, the run's own end at most; so the axis moves rarely."""
+    if last > 1e15:  # only a damaged file goes so far
+        return last
+    beyond = max(10.0, last * 1.04)
+    power: float = 10.0 ** math.floor(math.log10(beyond))
+    rounded = next(factor * power for factor in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if factor * power >= beyond)
+    return max(last, min(int(rounded), steps) if steps else int(rounded), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One line of a chart; points that are not finite leave a gap."""
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+    colour: str
+    width: float = 1.75
+    opacity: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dots:
+    """Single points of a chart; ``ring`` draws the last of them hollow and larger."""
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+    colour: str
+    size: float = 7.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A chart in a box of 1000 by 1000 that is stretched to the size of its image; strokes and dots keep theirs."""
+
+    x_range: tuple[float, float]
+    y_ticks: Sequence[float]
+    curves: Sequence[Curve] = ()
+    dots: Sequence[Dots] = ()
+    marks: Sequence[tuple[float, str]] = field(default=())
+    """(x, colour): short strokes on the floor, for steps whose value is not a number."""
+    grid: bool = True
+
+    def svg(self) -> str:
+        """The picture; some 10 kB whatever the length of the run."""
+        shapes = []
+        if self.grid:
+            shapes += [_stroke(f"M0 {self._y(tick):.1f}H1000", "#808080", 1, 0.28) for tick in self.y_ticks]
+        for curve in self.curves:
+            path = self._path(curve)
+            if path:
+                shapes.append(_stroke(path, curve.colour, curve.width, curve.opacity))
+        shapes += [_stroke(f"M{self._x(x):.1f} 955V1000", colour, 2, 1) for x, colour in self.marks]
+        for dots in self.dots:
+            path = "".join(f"M{self._x(x):.1f} {self._y(y):.1f}h.01" for x, y in zip(dots.xs, dots.ys, strict=True) if math.isfinite(y))
+            if path:
+                shapes.append(_stroke(path, dots.colour, dots.size, 1))
+        return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 1000" preserveAspectRatio="none">{"".join(shapes)}</svg>'
+
+    def _x(self, x: float) -> float:
+        low, high = self.x_range
+        return 8 + 984 * (x - low) / max(high - low, 1e-12)  # dots at the ends stay whole
+
+    def _y(self, y: float) -> float:
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return min(1000.0, max(0.0, 1000 * (1 - (y - low) / max(high - low, 1e-300))))
+
+    def _path(self, curve: Curve) -> str:
+        """Lowest and highest value of each of 500 columns: every spike stays visible however long the run."""
+        columns: dict[int, list[float]] = {}
+        for x, y in zip(curve.xs, curve.ys, strict=True):
+            if math.isfinite(y) and math.isfinite(x):
+                columns.setdefault(round(self._x(x) / 2), []).append(y)
+        if len(curve.xs) <= 500:  # sparse enough to draw as it is
+            points = [(self._x(x), self._y(y)) for x, y in zip(curve.xs, curve.ys, strict=True) if math.isfinite(y)]
+        else:
+            points = [(2.0 * column, self._y(y)) for column, ys in sorted(columns.items()) for y in sorted({ys[0], min(ys), max(ys)}, key=ys.index)]
+        return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) if points else ""
+
+
+def _stroke(path: str, colour: str, width: float, opacity: float) -> str:
+    return (
+        f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{width}" stroke-opacity="{opacity}" '
+        'stroke-linecap="round" stroke-linejoin="round" vector-effect="non-scaling-stroke"/>'
+    )
+
+
+def bar_svg(segments: Iterable[tuple[float, str]], measured: float, scale: float, line: float | None, heights: tuple[int, int] = (560, 240)) -> str:
+    """A stacked bar of (width, colour) above a thin bar of what was measured, and a vertical line; all on the same scale."""
+    shapes, left = [], 0.0
+    for width, colour in segments:
+        shapes.append(f'<rect x="{1000 * left / scale:.2f}" y="0" width="{1000 * width / scale:.2f}" height="{heights[0]}" fill="{colour}"/>')
+        left += width
+    shapes.append(f'<rect y="{1000 - heights[1]}" width="1000" height="{heights[1]}" fill="#808080" fill-opacity=".14"/>')
+    if math.isfinite(measured):
+        shapes.append(f'<rect y="{1000 - heights[1]}" width="{1000 * measured / scale:.2f}" height="{heights[1]}" fill="#787878"/>')
+    if line is not None:
+        shapes.append(_stroke(f"M{1000 * line / scale:.2f} 0V1000", BAD, 2, 1))
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 1000" preserveAspectRatio="none">{"".join(shapes)}</svg>'
+
+
+def chart_html(chart: Chart, alt: str, height_px: int, x_labels: tuple[str, str]) -> str:
+    """The chart with its words around it: ticks to the left, the ends of the step axis below."""
+    step = chart.y_ticks[1] - chart.y_ticks[0] if len(chart.y_ticks) > 1 else 1.0
+    labels = "".join(f'<div style="line-height:12px">{tick_label(tick, step)}</div>' for tick in reversed(chart.y_ticks))
+    small = f"font-size:11px;color:{DIM};font-variant-numeric:tabular-nums"
+    column = f"display:flex;flex-direction:column;justify-content:space-between;text-align:right;width:44px;margin:-6px 8px -6px 0;{small}"
+    return (
+        f'<div style="display:flex"><div style="{column}">{labels}</div>'
+        f'<div style="flex:1;min-width:0">{image(chart.svg(), alt, height_px)}</div></div>'
+        f'<div style="display:flex;justify-content:space-between;margin:7px 0 0 52px;{small}">'
+        f"<span>{x_labels[0]}</span><span>{x_labels[1]}</span></div>"
+    )

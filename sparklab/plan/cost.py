@@ -1,0 +1,76 @@
+"""Time and energy from the roofline: what the chip must compute, what the memory must move, and how close training has come to either.
+
+The optimistic end of every range is the roofline itself (no figure can beat it); the other end adds compute and traffic up, each at the share
+of its peak that published runs have reached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sparklab.box import Box
+from sparklab.plan.ledger import Ledger
+from sparklab.units import NA, is_na
+
+# Published: LoRA at 157 to 199 of an A100's 312 TFLOP/s, but plain training loops on a GB10 far lower. Assumed until a rehearsal measures.
+COMPUTE_SHARE: Final = {True: 0.40, False: 0.25}  # by "a GPU computes"
+BANDWIDTH_SHARE: Final = 0.67  # 180 to 218 of 273 GB/s measured on a Spark
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one micro-batch takes on one device."""
+
+    tokens: int
+    flops: float
+    moved_bytes: float
+    seconds: Range
+    """(at the roofline, at the shares reached so far)."""
+
+
+def flops_per_token(ledger: Ledger) -> float:
+    """FLOPs of training on one token: forward, backward, recomputation, adapters, causal attention over a longest document, head."""
+    anatomy, recipe = ledger.anatomy, ledger.recipe
+    again = ledger.checkpointed / anatomy.layers
+    base = 2.0 * sum(linear.weights for linear in anatomy.linears)
+    adapters = 2.0 * ledger.adapter_parameters
+    attention = 2.0 * recipe.max_length * anatomy.heads * anatomy.head_dim * anatomy.layers
+    head = 2.0 * anatomy.vocabulary * anatomy.hidden
+    weight_gradients = 1 if ledger.full else 0
+    return base * (2 + weight_gradients + again) + adapters * (3 + again) + attention * (1 + 2.5 + again) + head * (2 + weight_gradients)
+
+
+def moved_bytes(ledger: Ledger) -> float:
+    """Memory traffic of one micro-batch: weights once a pass (4-bit ones unpacked on the way), activations, and its share of an optimizer step."""
+    anatomy = ledger.anatomy
+    passes = 2 + (1 if ledger.full else 0) + ledger.checkpointed / anatomy.layers
+    linears = sum(linear.weights for linear in anatomy.linears)
+    # A 4-bit weight is read (half a byte), written unpacked, and read again by the product.
+    each = 0.5 + 2 * ledger.width if ledger.four_bit else ledger.width
+    head = 2.0 * anatomy.vocabulary * anatomy.hidden * ledger.width * max(1.0, ledger.tokens / 1024)
+    layers = 0.0
+    for index, layer in enumerate(ledger.layer_list):
+        layers += layer.moved_forward * (2 if index < ledger.checkpointed else 1) + layer.moved_backward
+    optimizer = 7.0 * ledger.trainable * ledger.trained_width / ledger.recipe.micro_batches_per_update
+    return linears * each * passes + head + layers * ledger.tokens + optimizer
+
+
+def cost(ledger: Ledger) -> Cost:
+    """What one micro-batch of the ledger's recipe takes; NA where the box's speed is unknown."""
+    box = ledger.box
+    flops, moved = flops_per_token(ledger) * ledger.tokens, moved_bytes(ledger)
+    compute, traffic = flops / box.compute_flops(ledger.dtype), moved / box.bandwidth_bytes_per_second
+    if is_na(compute):
+        return Cost(ledger.tokens, flops, moved, (NA, NA))
+    if is_na(traffic):  # an unknown bandwidth leaves the compute bound alone
+        traffic = 0.0
+    return Cost(ledger.tokens, flops, moved, (max(compute, traffic), compute / COMPUTE_SHARE[box.is_gpu] + traffic / BANDWIDTH_SHARE))
+
+
+def tokens_per_second(cost_: Cost, box: Box) -> Range:
+    """(low, high) tokens per second of all devices side by side."""
+    quick, slow = cost_.seconds
+    return (box.devices * cost_.tokens / slow, box.devices * cost_.tokens / quick)

@@ -1,0 +1,223 @@
+"""A plan: what one recipe will hold, take and cost on one box. A plan table: the best plan of each method, fastest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sparklab.box import Box
+from sparklab.errors import DoesNotFit
+from sparklab.model.anatomy import Anatomy
+from sparklab.plan import render
+from sparklab.plan.cost import Cost, Range, cost, tokens_per_second
+from sparklab.plan.fixes import Fix, find_fixes
+from sparklab.plan.ledger import Ledger
+from sparklab.plan.recipe import Recipe
+from sparklab.units import gib, is_na, jsonable
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the ledger. Lines of zero bytes are left out."""
+
+    name: str
+    phase: str
+    """load, train, evaluate, sample, save or merge."""
+    bytes: float
+    formula: str
+    """How the bytes come about, with the numbers in it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; the size in GiB."""
+        return {"name": self.name, "phase": self.phase, "gib": gib(self.bytes), "formula": self.formula}
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """One recipe on one box: memory in bytes, speed in non-pad tokens a second, ranges as (low, high)."""
+
+    recipe: Recipe
+    anatomy: Anatomy
+    box: Box
+    tokens: float
+    """Tokens to train on, all passes together."""
+    notes: tuple[str, ...] = ()
+    """What the reader must know beside the figures."""
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.anatomy, self.recipe, self.box)
+
+    @cached_property
+    def lines(self) -> tuple[Line, ...]:
+        """Every line of every phase; those of one phase sum to its peak."""
+        return tuple(Line(item.name, phase, item.size_bytes, item.explain())
+                     for phase, (_, items) in self.ledger.phases.items() for item in items if item.size_bytes > 0)  # fmt: skip
+
+    @cached_property
+    def phases(self) -> dict[str, float]:
+        """Phase to the bytes at its highest moment."""
+        return dict(self.ledger.peaks)
+
+    @property
+    def peak_phase(self) -> str:
+        return self.ledger.peak_phase
+
+    @property
+    def peak_moment(self) -> str:
+        """Where in the peak phase the peak stands, in words."""
+        return self.ledger.phases[self.peak_phase][0]
+
+    @cached_property
+    def peak_bytes(self) -> float:
+        """The most that is held at any time."""
+        peak = sum(line.bytes for line in self.peak_lines)
+        assert abs(peak - self.ledger.peak_bytes) < 1, "the books do not close"
+        return peak
+
+    @property
+    def peak_lines(self) -> tuple[Line, ...]:
+        """The lines of the peak phase, which sum to the peak."""
+        return tuple(line for line in self.lines if line.phase == self.peak_phase)
+
+    @property
+    def usable_bytes(self) -> float:
+        return self.box.usable_bytes
+
+    @property
+    def fits(self) -> bool:
+        """The peak is within the usable memory (of each device). True where the box's memory is unknown."""
+        return not self.peak_bytes > self.usable_bytes
+
+    @property
+    def trainable_parameters(self) -> int:
+        return self.ledger.trainable
+
+    @cached_property
+    def cost(self) -> Cost:
+        """FLOPs, traffic and time of one micro-batch."""
+        return cost(self.ledger)
+
+    @property
+    def tokens_per_second(self) -> Range:
+        """(low, high): high is the roofline; low adds compute and traffic up at the shares of their peaks reached so far."""
+        return tokens_per_second(self.cost, self.box)
+
+    @property
+    def hours(self) -> Range:
+        """(low, high) hours to train on ``tokens`` tokens."""
+        low, high = self.tokens_per_second
+        return (self.tokens / high / 3600, self.tokens / low / 3600)
+
+    @property
+    def watt_hours(self) -> Range:
+        """(low, high) energy of the training."""
+        return (self.hours[0] * self.box.power_watts, self.hours[1] * self.box.power_watts)
+
+    @cached_property
+    def fixes(self) -> tuple[Fix, ...]:
+        """Changes that would make it fit, cheapest first; empty where it fits, and where nothing helps."""
+        return () if self.fits else find_fixes(self.ledger)
+
+    def check(self) -> Plan:
+        """The plan itself if it fits; raises :class:`DoesNotFit` with the figures and what would."""
+        if self.fits:
+            return self
+        largest = max(self.peak_lines, key=lambda line: line.bytes)
+        recipe = self.recipe
+        fact = (
+            f"{recipe.method} in {self.ledger.dtype} at {recipe.micro_batch_tokens} tokens per micro-batch needs {gib(self.peak_bytes):.4g} GiB; "
+            f"{gib(self.usable_bytes):.4g} GiB usable on {self.box.name} (reserve {gib(self.box.reserve_bytes):.2g}). "
+            f"Largest line: {largest.name}, {gib(largest.bytes):.3g} GiB."
+        )
+        if self.fixes:
+            raise DoesNotFit(fact, "Any one of these fits: " + ", ".join(str(fix) for fix in self.fixes))
+        raise DoesNotFit(fact, "no setting of this model fits; use a smaller model or a box with more memory")
+
+    def replace(self, **changes: Any) -> Plan:
+        """The plan of the same recipe with some fields changed."""
+        return Plan(self.recipe.replace(**changes), self.anatomy, self.box, self.tokens, self.notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, names as ``sparklab plan --json`` prints them; ranges as [low, high], unknown as null."""
+        values: dict[str, Any] = jsonable({
+            "model": self.recipe.model,
+            "method": self.recipe.method,
+            "parameters": self.anatomy.parameters,
+            "trainable_parameters": self.trainable_parameters,
+            "box": self.box.name,
+            "fits": self.fits,
+            "peak_gib": gib(self.peak_bytes),
+            "usable_gib": gib(self.usable_bytes),
+            "peak_phase": self.peak_phase,
+            "lines": [line.to_dict() for line in self.lines],
+            "tokens_per_second": list(self.tokens_per_second),
+            "hours": list(self.hours),
+            "wh": list(self.watt_hours),
+            "tokens": self.tokens,
+            "fixes": [fix.to_dict() for fix in self.fixes],
+            "notes": list(self.notes),
+            "recipe": self.recipe.to_dict(),
+        })  # fmt: skip
+        return values
+
+    def __repr__(self) -> str:
+        memory = f"{gib(self.peak_bytes):.3g} GiB of {gib(self.usable_bytes):.3g}, {'fits' if self.fits else 'does not fit'}"
+        return f"Plan({self.recipe.method} of {self.recipe.model} on {self.box.name}: {memory})"
+
+    def __str__(self) -> str:
+        return render.plan_text(self)
+
+    def _repr_html_(self) -> str:
+        return render.plan_html(self)
+
+
+@dataclass(frozen=True, repr=False)
+class PlanTable:
+    """One plan a method: those that fit first, fastest first."""
+
+    plans: tuple[Plan, ...]
+
+    @classmethod
+    def ranked(cls, plans: list[Plan]) -> PlanTable:
+        """The plans in order: what fits by speed, then what does not by size."""
+
+        def place(plan: Plan) -> tuple[bool, float, float]:
+            rate = plan.tokens_per_second[0]
+            return (not plan.fits, 0.0 if is_na(rate) or not plan.fits else -rate, plan.peak_bytes)
+
+        return cls(tuple(sorted(plans, key=place)))
+
+    def best(self) -> Plan:
+        """The fastest plan that fits; where none fits, the smallest."""
+        return self.plans[0]
+
+    def __iter__(self) -> Iterator[Plan]:
+        return iter(self.plans)
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __getitem__(self, method: str | int) -> Plan:
+        """The plan of a method by its name, or by its place in the ranking."""
+        if isinstance(method, int):
+            return self.plans[method]
+        for plan in self.plans:
+            if plan.recipe.method == method:
+                return plan
+        raise KeyError(method)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The best plan's figures, and ``plans`` with all of them in order."""
+        return {**self.best().to_dict(), "plans": [plan.to_dict() for plan in self.plans]}
+
+    def __repr__(self) -> str:
+        return f"PlanTable({', '.join(repr(plan) for plan in self.plans)})"
+
+    def __str__(self) -> str:
+        return render.table_text(self)
+
+    def _repr_html_(self) -> str:
+        return render.table_html(self)

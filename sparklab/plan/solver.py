@@ -1,0 +1,114 @@
+"""Sized to the box means solved for: the fastest settings of each method whose peak stays under the usable memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final, overload
+
+from sparklab.box import Box
+from sparklab.errors import RecipeError
+from sparklab.model.anatomy import Anatomy
+from sparklab.plan.cost import cost
+from sparklab.plan.fixes import least_checkpointing
+from sparklab.plan.forecast import Plan, PlanTable
+from sparklab.plan.ledger import Ledger
+from sparklab.plan.recipe import METHODS, Method, Recipe
+from sparklab.units import format_count, is_na
+
+ROWS: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768)  # tokens per micro-batch to choose from
+GOOD_ENOUGH: Final = 1.05  # shorter rows make more updates of the same data, so the shortest within 5 % of the fastest is taken
+TOKENS_ASSUMED: Final = 10_000_000  # when nobody says how much there is to learn from
+LARGE_MODEL: Final = 30e9  # parameters from which on LoRA wants half the learning rate
+
+
+@overload
+def plan(source: Recipe, *, box: Box | None = None, tokens: float | None = None) -> Plan: ...
+@overload
+def plan(source: str | Path | Anatomy, *, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any) -> PlanTable: ...
+def plan(source: Any, *, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any) -> Plan | PlanTable:
+    """What a recipe will hold and take on ``box`` (default: this one); or, for a model, the best plan of each method.
+
+    ``source`` is a :class:`Recipe`, planned as it is, or a model (config.json, directory, hub name, ``"tiny"`` or :class:`Anatomy`): then
+    tokens per micro-batch and layers to checkpoint are solved for, unless ``changes`` (fields of a recipe) say them. ``tokens`` is the size
+    of the training data in tokens, one pass (default: 10 million, and the plan says so); the recipe's epochs and max_steps count on top.
+
+    Reads config.json and nothing else. Raises ModelNotFound, ModelError, RecipeError, BoxError.
+    """
+    box = box or Box.detect()
+    if tokens is not None and not tokens > 0:
+        raise RecipeError(f"tokens is {tokens!r}; it must be a number above 0", "say how many tokens the training data has")
+    if isinstance(source, Recipe):
+        if method is not None or changes:
+            asked = ", ".join(f"{name}=..." for name in (*(["method"] if method else []), *changes))
+            raise RecipeError("a recipe is planned as it is", f"plan recipe.replace({asked})")
+        return _forecast(source, Anatomy.read(source.model), box, tokens)
+    anatomy = source if isinstance(source, Anatomy) else Anatomy.read(source)
+    methods = METHODS if method is None else (method,)
+    return PlanTable.ranked([_forecast(solve(anatomy, box, method, changes), anatomy, box, tokens) for method in methods])
+
+
+def solve(anatomy: Anatomy, box: Box, method: Method, changes: dict[str, Any]) -> Recipe:
+    """The fastest recipe of ``method`` that fits ``box``, with ``changes`` kept as they are; the smallest one where none fits."""
+    recipe = starting_recipe(anatomy, method, changes)
+    rows = [recipe.micro_batch_tokens] if "micro_batch_tokens" in changes else [row for row in ROWS if row >= recipe.max_length] or [recipe.max_length]
+    fitting: list[tuple[float, Recipe]] = []
+    for row in rows:
+        candidate = _checkpointed(recipe.replace(micro_batch_tokens=row), anatomy, box, "checkpoint_layers" in changes)
+        if candidate is None:
+            break  # longer rows never need less
+        seconds = cost(Ledger(anatomy, candidate, box)).seconds[1] / row
+        fitting.append((seconds, candidate))
+    if not fitting:
+        smallest = recipe.replace(micro_batch_tokens=rows[0])
+        return smallest if "checkpoint_layers" in changes else smallest.replace(checkpoint_layers="all")
+    fastest = min((seconds for seconds, _ in fitting if not is_na(seconds)), default=None)
+    if fastest is None:
+        return fitting[0][1]
+    return next(candidate for seconds, candidate in fitting if seconds <= fastest * GOOD_ENOUGH)
+
+
+def starting_recipe(anatomy: Anatomy, method: Method, changes: dict[str, Any]) -> Recipe:
+    """A complete recipe before it is sized: learning rate by method and size, documents no longer than the model can read or a row is."""
+    sound = {"learning_rate": 2e-5 if method == "full" else 1e-4 if anatomy.parameters >= LARGE_MODEL else 2e-4}
+    longest = Recipe.max_length
+    if anatomy.max_positions:
+        longest = min(longest, anatomy.max_positions)
+    row = changes.get("micro_batch_tokens")
+    if isinstance(row, int) and row > 0:
+        longest = min(longest, row)
+    sound["max_length"] = longest
+    row = max(ROWS[-1], changes["max_length"]) if isinstance(changes.get("max_length"), int) else ROWS[-1]
+    return Recipe.from_dict({"model": anatomy.source, "data": "data.jsonl", "micro_batch_tokens": row, **sound, **changes, "method": method})
+
+
+def _checkpointed(recipe: Recipe, anatomy: Anatomy, box: Box, fixed: bool) -> Recipe | None:
+    """The recipe with as few checkpointed layers as fit; None where it does not fit at all."""
+
+    def peak(layers: int) -> float:
+        return Ledger(anatomy, recipe.replace(checkpoint_layers=layers), box).peak_bytes
+
+    usable = box.usable_bytes
+    if is_na(usable):
+        return recipe
+    if fixed:
+        return recipe if Ledger(anatomy, recipe, box).peak_bytes <= usable else None
+    layers = least_checkpointing(peak, anatomy.layers, usable)
+    if layers is None:
+        return None
+    return recipe.replace(checkpoint_layers="none" if layers == 0 else "all" if layers == anatomy.layers else layers)
+
+
+def _forecast(recipe: Recipe, anatomy: Anatomy, box: Box, tokens: float | None) -> Plan:
+    """The plan of a recipe as it is, with its notes."""
+    notes = [box.note] if box.note else []
+    if tokens is None:
+        notes.append(f"time and energy are for {format_count(TOKENS_ASSUMED)} tokens of data, assumed: say tokens=... for yours")
+    total = (TOKENS_ASSUMED if tokens is None else tokens) * recipe.epochs
+    if recipe.max_steps is not None:
+        limit = recipe.max_steps * recipe.micro_batches_per_update * recipe.micro_batch_tokens
+        total = min(total, limit)
+    if anatomy.max_positions and recipe.max_length > anatomy.max_positions:
+        notes.append(f"max_length {recipe.max_length} is longer than the {anatomy.max_positions} positions the model was made for")
+    if box.resolve_dtype(recipe.dtype) == "bf16" and not box.has_native_bf16:
+        notes.append(f"{box.chip} does not compute in bf16: it is emulated, slower than fp32")
+    return Plan(recipe, anatomy, box, float(total), tuple(notes))

@@ -1,0 +1,128 @@
+"""The Trainer callback between the loop and the run directory: writes events, carries out commands."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparklab.box.meter import read_memory
+from sparklab.errors import RunFailed
+from sparklab.run.directory import RunDirectory
+from sparklab.run.events import EventWriter
+from sparklab.engine import checkpoint
+
+MEMORY_SECONDS = 1.0  # between two memory events
+
+
+class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Turns what the Trainer does into events, and commands into what the Trainer does.
+
+    ``stop_reason`` may be set from a signal handler: the update under way is finished, a checkpoint saved, and the loop left.
+    """
+
+    def __init__(self, directory: RunDirectory, events: EventWriter, on_samples: Callable[[tuple[str, ...]], None]) -> None:
+        self.directory, self.events = directory, events
+        self.stop_reason = ""
+        self.peak_bytes = 0.0
+        self.trainer: Any = None  # set once the Trainer exists
+        self._on_samples = on_samples
+        self._paused = False
+        self._mark = time.perf_counter()
+        self._memory_due = 0.0
+
+    # what the Trainer tells
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.events.write("phase", phase="train")
+        self._mark = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._obey(control)
+        if self.stop_reason:
+            control.should_training_stop = True
+            control.should_save = state.global_step < state.max_steps
+        if state.global_step >= state.max_steps:  # the end has an evaluation and a result of its own
+            control.should_evaluate = control.should_save = False
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
+        state.log_history.clear()  # events.jsonl is the history
+        if "loss" not in logs:
+            return
+        seconds = time.perf_counter() - self._mark
+        trainer = self.trainer
+        self.events.write(
+            "step", step=state.global_step, steps=state.max_steps, epoch=round(state.epoch or 0.0, 4), loss=logs["loss"],
+            learning_rate=logs.get("learning_rate"), grad_norm=logs.get("grad_norm"), tokens=trainer.update_tokens, seconds=round(seconds, 6),
+        )  # fmt: skip
+        trainer.update_tokens = 0
+        if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0)):
+            raise RunFailed(
+                f"loss {logs['loss']} and gradient norm {logs.get('grad_norm')} at step {state.global_step}: the update cannot be trusted",
+                "resume from the last checkpoint with a lower learning rate",
+            )
+        self.report_memory(every=MEMORY_SECONDS)
+        self._mark = time.perf_counter()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any) -> None:
+        self.events.write("eval", step=state.global_step, loss=metrics["eval_loss"], tokens=metrics["eval_tokens"])
+        self._on_samples(self.directory.recipe.sample_prompts)
+        self._mark = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        path = checkpoint.step_path(self.directory.checkpoints_path, state.global_step)
+        self.events.write("checkpoint", step=state.global_step, path=f"checkpoints/{path.name}", bytes=checkpoint.size_bytes(path))
+        self._mark = time.perf_counter()
+
+    # what the user asks
+
+    def _obey(self, control: TrainerControl) -> None:
+        """Carries out the waiting commands; while paused, waits for the next."""
+        while True:
+            for name, command in self.directory.take_commands():
+                self._carry_out(name, command, control)
+            if self.stop_reason or not self._paused:
+                return
+            time.sleep(0.05)
+            self._mark = time.perf_counter()
+
+    def _carry_out(self, name: str, command: dict[str, Any], control: TrainerControl) -> None:
+        match command["command"]:
+            case "stop":
+                self.stop_reason = "asked to stop"
+            case "pause" | "resume" as wish:
+                self._paused = wish == "pause"
+                self.events.write("phase", phase="paused" if self._paused else "train")
+            case "checkpoint":
+                control.should_save = True
+            case "evaluate":
+                control.should_evaluate = True
+            case "sample":
+                prompts = command.get("prompts") or self.directory.recipe.sample_prompts
+                self._on_samples(tuple(str(prompt) for prompt in prompts))
+        self.events.write("command", name=command["command"], id=name)
+
+    # what it costs
+
+    def report_memory(self, every: float = 0.0) -> None:
+        """A memory event, unless the last one is younger than ``every`` seconds."""
+        now = time.monotonic()
+        if now < self._memory_due:
+            return
+        self._memory_due = now + every
+        snapshot = read_memory()
+        fields = {
+            "process_bytes": snapshot.rss_bytes,
+            "peak_bytes": snapshot.rss_peak_bytes,
+            "available_bytes": snapshot.available_bytes,
+            "total_bytes": snapshot.total_bytes,
+        }
+        if torch.cuda.is_available():
+            fields["allocated_bytes"] = torch.cuda.max_memory_allocated()
+            fields["reserved_bytes"] = torch.cuda.max_memory_reserved()
+        self.peak_bytes = max(self.peak_bytes, snapshot.rss_peak_bytes)
+        self.events.write("memory", **fields)

@@ -1,0 +1,125 @@
+"""What one worker does with one run, in order: prepare the data, load the model, train, evaluate, save."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import transformers
+from torch import nn
+
+from sparklab.box import Box
+from sparklab.data.dataset import Prepared, prepare
+from sparklab.data.template import prompt_ids
+from sparklab.model import load
+from sparklab.run.directory import RunDirectory
+from sparklab.run.events import EventWriter
+from sparklab.run.reporter import Reporter
+from sparklab.engine import attention, checkpoint
+from sparklab.engine.answer import answer, exact_match
+from sparklab.engine.trainer import PackedTrainer
+
+
+class Session:
+    """One worker's work on one run."""
+
+    def __init__(self, directory: RunDirectory, events: EventWriter, began: float) -> None:
+        self.directory, self.events, self.began = directory, events, began
+        self.recipe = directory.recipe
+        self.box = Box.detect()
+        self.reporter = Reporter(directory, events, self._sample)
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Finish the update under way, save a checkpoint, leave. Safe in a signal handler."""
+        self.reporter.stop_reason = reason
+
+    def run(self) -> None:
+        """From wherever the run stands to its end, or to a stop."""
+        resume_from, complaints = checkpoint.newest_good(self.directory.checkpoints_path)
+        step = None if resume_from is None else int(resume_from.name.removeprefix("step-"))
+        self.events.write(
+            "started", pid=os.getpid(), device=str(load.pick_device()), dtype=self.box.resolve_dtype(self.recipe.dtype), method=self.recipe.method,
+            resumed_from=step,
+        )  # fmt: skip
+        for complaint in complaints:
+            self.events.write("warning", message=f"{complaint}; going on from {resume_from.name if resume_from else 'the start'}")
+        self._prepare()
+        self._load()
+        trainer = self._trainer()
+        if resume_from is None:
+            self._evaluate(trainer)
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        done = trainer.state.global_step
+        if done < trainer.state.max_steps:
+            self.events.write("stopped", step=done, reason=self.reporter.stop_reason or "the loop ended early")
+            return
+        self._evaluate(trainer)
+        self._save()
+        self._finish(trainer)
+
+    def _prepare(self) -> None:
+        self.events.write("phase", phase="prepare")
+        self.tokenizer = load.load_tokenizer(self.recipe.model)
+        self.data: Prepared = prepare(self.recipe, self.tokenizer)
+        self.events.write("data", **self.data.report.to_dict())
+
+    def _load(self) -> None:
+        self.events.write("phase", phase="load")
+        attention.register()
+        self.model: nn.Module = load.load_model(self.recipe, self.box, attention.NAME)
+        total, trainable = load.count_parameters(self.model)
+        self.events.write("model", parameters=total, trainable_parameters=trainable)
+
+    def _trainer(self) -> PackedTrainer:
+        trainer = PackedTrainer(
+            self.model, self.recipe, self.directory.checkpoints_path, self.data.train_rows, self.data.held_out_rows, callback=self.reporter
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        self.reporter.trainer = trainer
+        return trainer
+
+    def _evaluate(self, trainer: PackedTrainer) -> None:
+        """Held-out loss, and exact match where the recipe wants answers: once before and once after training."""
+        if not self.data.held_out_rows:
+            return
+        self.events.write("phase", phase="evaluate")
+        fields: dict[str, Any] = dict(self.exact_match()) if self.recipe.answer_held_out else {}
+        metrics = trainer.measure_loss()
+        self.events.write("eval", step=trainer.state.global_step, loss=metrics["eval_loss"], tokens=metrics["eval_tokens"], **fields)
+        self._sample(self.recipe.sample_prompts)
+        self.reporter.report_memory()
+
+    def exact_match(self) -> dict[str, float]:
+        """Greedy answers to the first ``answer_held_out`` held-out chats against the true ones."""
+        chats = self.data.held_out_chats[: self.recipe.answer_held_out]
+        prompts = [prompt_ids(self.tokenizer, chat.prompt) for chat in chats]
+        given = answer(self.model, self.tokenizer, prompts, self.recipe.answer_tokens)
+        return exact_match(given, [chat.answer for chat in chats])
+
+    def _sample(self, prompts: tuple[str, ...]) -> None:
+        """Answers the prompts and writes each as an event."""
+        if not prompts:
+            return
+        ids = [prompt_ids(self.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+        step = self.reporter.trainer.state.global_step
+        for prompt, text in zip(prompts, answer(self.model, self.tokenizer, ids, self.recipe.answer_tokens), strict=True):
+            self.events.write("sample", step=step, prompt=prompt, text=text)
+
+    def _save(self) -> None:
+        """The result, whole or not at all, where PEFT and transformers find it."""
+        self.events.write("phase", phase="save")
+        with checkpoint.written_whole(self.directory.result_path) as draft:
+            checkpoint.save_weights(self.model, draft)
+            self.tokenizer.save_pretrained(draft)
+
+    def _finish(self, trainer: PackedTrainer) -> None:
+        self.reporter.report_memory()
+        state = self.directory.state
+        self.events.write(
+            "finished", step=trainer.state.global_step, seconds=round(time.perf_counter() - self.began, 3), tokens=state.tokens,
+            tokens_per_second=state.tokens / sum(state.step_seconds) if state.step_seconds else None, peak_bytes=self.reporter.peak_bytes,
+        )  # fmt: skip
+

@@ -1,0 +1,187 @@
+"""What a run's events add up to: the one summary that every panel, progress bar and command line reads."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sparklab.run.events import Event
+from sparklab.units import NA
+
+Status = Literal["starting", "running", "paused", "stopped", "failed", "finished", "lost"]
+
+
+def _number(value: Any) -> float:
+    """A figure from a file nobody vouches for: anything that is not a finite number is NA."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else NA
+
+
+@dataclass
+class RunState:
+    """A run as its events tell it; grows by :meth:`add`. Figures nobody reported yet are ``NA``.
+
+    ``status`` says what the events say; a run whose worker died without a last word is told from outside by :meth:`mark_lost`.
+    """
+
+    status: Status = "starting"
+    phase: str = "start"
+    step: int = 0
+    steps: int = 0
+    epoch: float = 0.0
+    reason: str = ""
+    """Why it stopped or failed, in words."""
+    fix: str = ""
+    device: str = ""
+    method: str = ""
+    started_time: float = NA
+    """Unix seconds of the first start."""
+    last_time: float = NA
+    peak_bytes: float = NA
+    parameters: float = NA
+    trainable_parameters: float = NA
+
+    loss_steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
+    step_tokens: list[float] = field(default_factory=list)
+    """Non-pad tokens of each update."""
+    step_seconds: list[float] = field(default_factory=list)
+    """Duration of each update, without loading and evaluating."""
+    evals: list[dict[str, float]] = field(default_factory=list)
+    """step, loss, and where answers were compared exact_match and n."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    memory: list[dict[str, float]] = field(default_factory=list)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    """What a person should read: warnings, commands carried out, the last word."""
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, event: Event) -> None:
+        """Takes one event in; unknown or damaged fields become NA rather than errors."""
+        self.last_time = _number(event.get("time"))
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    @property
+    def is_over(self) -> bool:
+        """True when no worker will add to this run by itself."""
+        return self.status in ("stopped", "failed", "finished", "lost")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Non-pad tokens per second over the last fifty updates."""
+        seconds = sum(self.step_seconds[-50:])
+        return sum(self.step_tokens[-50:]) / seconds if seconds > 0 else NA
+
+    @property
+    def tokens(self) -> float:
+        """Non-pad tokens trained on so far."""
+        return sum(self.step_tokens)
+
+    @property
+    def eta_seconds(self) -> float:
+        """Seconds left at the mean pace so far; NA before the first update."""
+        if not self.loss_steps or self.is_over:
+            return NA
+        return (self.steps - self.step) * sum(self.step_seconds) / len(self.loss_steps)
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Seconds from the first start to now, or to the last event of a run that is over."""
+        return (self.last_time if self.is_over else time.time()) - self.started_time
+
+    @property
+    def best_eval(self) -> dict[str, float] | None:
+        """The evaluation with the lowest held-out loss."""
+        scored = [entry for entry in self.evals if not math.isnan(entry["loss"])]
+        return min(scored, key=lambda entry: entry["loss"]) if scored else None
+
+    def mark_lost(self) -> None:
+        """The worker is gone and left no last word: killed, or the box went down."""
+        self.status = "lost"
+        self.reason = "the worker process is gone without a word (killed, out of memory, or the machine restarted)"
+        self.fix = "resume the run; it goes on from the last checkpoint"
+
+    def _on_started(self, event: Event) -> None:
+        self.status, self.phase, self.reason, self.fix = "running", "start", "", ""
+        self.device, self.method = str(event.get("device", "")), str(event.get("method", ""))
+        if math.isnan(self.started_time):
+            self.started_time = self.last_time
+        resumed = event.get("resumed_from")
+        if resumed is not None:
+            self._rewind(int(_number(resumed)) if not math.isnan(_number(resumed)) else 0)
+
+    def _rewind(self, step: int) -> None:
+        """Steps after the checkpoint a run resumed from will be made again: forget them, so that no step counts twice."""
+        keep = sum(1 for logged in self.loss_steps if logged <= step)
+        for series in (self.loss_steps, self.losses, self.grad_norms, self.learning_rates, self.step_tokens, self.step_seconds):
+            del series[keep:]
+        self.evals = [entry for entry in self.evals if entry["step"] <= step]
+        self.step = step
+
+    def _on_phase(self, event: Event) -> None:
+        self.phase = str(event.get("phase", ""))
+        self.status = "paused" if self.phase == "paused" else "running"
+
+    def _on_data(self, event: Event) -> None:
+        self.data = {key: value for key, value in event.items() if key not in ("event", "seq", "time")}
+
+    def _on_model(self, event: Event) -> None:
+        self.parameters, self.trainable_parameters = _number(event.get("parameters")), _number(event.get("trainable_parameters"))
+
+    def _on_step(self, event: Event) -> None:
+        step = _number(event.get("step"))
+        if math.isnan(step):
+            return
+        self.step, self.epoch = int(step), _number(event.get("epoch"))
+        steps = _number(event.get("steps"))
+        self.steps = self.steps if math.isnan(steps) else int(steps)
+        self.loss_steps.append(self.step)
+        self.losses.append(_number(event.get("loss")))
+        self.grad_norms.append(_number(event.get("grad_norm")))
+        self.learning_rates.append(_number(event.get("learning_rate")))
+        self.step_tokens.append(_number(event.get("tokens")))
+        self.step_seconds.append(_number(event.get("seconds")))
+
+    def _on_eval(self, event: Event) -> None:
+        self.evals.append({key: _number(event.get(key)) for key in ("step", "loss", "exact_match", "n")})
+
+    def _on_sample(self, event: Event) -> None:
+        self.samples.append({"step": _number(event.get("step")), "prompt": str(event.get("prompt", "")), "text": str(event.get("text", ""))})
+
+    def _on_memory(self, event: Event) -> None:
+        names = ("process_bytes", "peak_bytes", "available_bytes", "total_bytes", "allocated_bytes", "reserved_bytes")
+        entry = {"step": float(self.step), **{name: _number(event.get(name)) for name in names}}
+        self.memory.append(entry)
+        if not math.isnan(entry["peak_bytes"]):
+            self.peak_bytes = entry["peak_bytes"] if math.isnan(self.peak_bytes) else max(self.peak_bytes, entry["peak_bytes"])
+
+    def _on_checkpoint(self, event: Event) -> None:
+        self.checkpoints.append({"step": _number(event.get("step")), "path": str(event.get("path", "")), "bytes": _number(event.get("bytes"))})
+        self._say(event, f"checkpoint at step {event.get('step')}")
+
+    def _on_command(self, event: Event) -> None:
+        self._say(event, f"{event.get('name')}: {event.get('detail') or 'done'}")
+
+    def _on_warning(self, event: Event) -> None:
+        self._say(event, str(event.get("message", "")))
+
+    def _on_stopped(self, event: Event) -> None:
+        self.status, self.reason, self.fix = "stopped", str(event.get("reason", "")), "resume the run to go on"
+        self._say(event, f"stopped: {self.reason}")
+
+    def _on_failed(self, event: Event) -> None:
+        self.status, self.reason, self.fix = "failed", str(event.get("fact", "")), str(event.get("fix", ""))
+        self._say(event, f"failed: {self.reason}")
+
+    def _on_finished(self, event: Event) -> None:
+        self.status, self.phase, self.reason = "finished", "done", ""
+        self._on_memory({"event": "memory", "peak_bytes": event.get("peak_bytes")})
+        self._say(event, f"finished after {self.step} steps")
+
+    def _say(self, event: Event, text: str) -> None:
+        self.messages.append({"event": event["event"], "time": self.last_time, "step": self.step, "text": text})

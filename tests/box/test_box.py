@@ -1,0 +1,198 @@
+"""Boxes: profiles, detection on machines shown as directories, and the meter."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sparklab.box import Box
+from sparklab.box.detect import detect_facts
+from sparklab.box.meter import read_memory
+from sparklab.errors import BoxError
+from sparklab.units import GIB, KIB, is_na
+
+MEMINFO = """MemTotal:       125829120 kB
+MemFree:        10485760 kB
+MemAvailable:   104857600 kB
+Buffers:          102400 kB
+Cached:         83886080 kB
+Shmem:           1048576 kB
+SReclaimable:    2097152 kB
+SwapTotal:       8388608 kB
+SwapFree:        8286208 kB
+HugePages_Total:       0
+"""
+ARM = "processor\t: 0\nBogoMIPS\t: 2000.00\nFeatures\t: fp asimd bf16 i8mm\n\nprocessor\t: 1\nFeatures\t: fp asimd bf16 i8mm\n"
+X86 = "processor\t: 0\nmodel name\t: Some CPU <9>\ncpu MHz\t\t: 2000.000\nflags\t\t: fpu avx2 avx512f{extra}\n\nprocessor\t: 1\nmodel name\t: Some CPU <9>\n"
+
+
+def machine(root: Path, meminfo: str = MEMINFO, cpuinfo: str = "", **files: str) -> Path:
+    """A directory that looks like a machine's root."""
+    (root / "proc" / "pressure").mkdir(parents=True)
+    (root / "proc" / "meminfo").write_text(meminfo)
+    (root / "proc" / "cpuinfo").write_text(cpuinfo)
+    for path, text in files.items():
+        file = root / path.replace("__", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return root
+
+
+def nothing(_: Sequence[str]) -> str:
+    return ""
+
+
+def smi(*rows: str) -> object:
+    return lambda command: "\n".join(rows) if command[0] == "nvidia-smi" else ""
+
+
+def test_every_profile_is_whole() -> None:
+    names = [name for name in Box.names() if name != "this"]
+    assert names == ["dgx-spark", "2x-dgx-spark", "h200", "dgx-1"]
+    for name in names:
+        box = Box.profile(name)
+        assert box.name == name
+        assert box.usable_bytes == box.memory_bytes - box.reserve_bytes
+        shown = [row for row in box.rows() if row[0] != "usable by a plan"]
+        assert all(source in ("spec", "published", "measured", "assumed") for _, _, source in shown), box.rows()
+
+
+def test_the_spark() -> None:
+    box = Box.profile("dgx-spark")
+    assert box.usable_bytes == pytest.approx((119.6 - 8) * GIB)
+    assert box.compute_flops("auto") == box.compute_flops("bf16") == 92.3e12
+    assert box.compute_flops("fp32") == 31e12
+    assert repr(box) == "Box(dgx-spark: NVIDIA GB10, 112 GiB usable of 120 GiB unified)"
+
+
+def test_two_sparks_are_not_one_pool() -> None:
+    one, two = Box.profile("dgx-spark"), Box.profile("2x-dgx-spark")
+    assert (two.devices, two.usable_bytes, two.power_watts) == (2, one.usable_bytes, 2 * one.power_watts)
+    assert "not one pool" in two.describe()
+
+
+def test_a_chip_without_bf16_computes_in_fp32() -> None:
+    box = Box.profile("dgx-1")
+    assert is_na(box.bf16_flops)
+    assert not box.has_native_bf16
+    assert box.resolve_dtype("auto") == "fp32"
+    assert box.compute_flops("bf16") == box.fp32_flops
+    with pytest.raises(BoxError, match="fp8"):
+        box.compute_flops("fp8")
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(BoxError, match=r"(?s)'dgx-2'.*dgx-spark, 2x-dgx-spark, h200, dgx-1, this"):
+        Box.profile("dgx-2")
+
+
+def test_this_machine() -> None:
+    box = Box.detect()
+    assert box.name == "this" == Box.profile("this").name
+    assert not is_na(box.memory_bytes) or sys.platform != "linux"
+    assert "this" in box.describe()
+    assert box.to_dict()["name"] == "this"
+
+
+@pytest.mark.parametrize(("extra", "native", "rate"), [("", False, math.nan), (" avx512_bf16", True, 2.0), (" avx512_bf16 amx_bf16", True, 16.0)])
+def test_detect_an_x86_machine(tmp_path: Path, extra: str, native: bool, rate: float) -> None:
+    box = Box(**detect_facts(machine(tmp_path, cpuinfo=X86.format(extra=extra)), nothing, "Linux"))
+    assert box.chip == "Some CPU <9>, 2 cores"
+    assert box.memory_bytes == 120 * GIB
+    assert box.available_bytes == 100 * GIB
+    assert box.usable_bytes == (100 - 8) * GIB
+    assert box.fp32_flops == 2 * 2e9 * 16 * 4  # cores x clock x lanes x (two multiply-adds)
+    assert box.has_native_bf16 is native
+    assert box.bf16_flops == rate * box.fp32_flops or (math.isnan(rate) and is_na(box.bf16_flops))
+    assert not box.is_gpu
+    assert "&lt;9&gt;" in box._repr_html_()
+    assert "<9>" not in box._repr_html_()
+
+
+def test_detect_an_arm_board(tmp_path: Path) -> None:
+    box = Box(**detect_facts(machine(tmp_path, cpuinfo=ARM, **{"proc__device-tree__model": "Some Board\0"}), nothing, "Linux"))
+    assert (box.chip, box.has_native_bf16) == ("Some Board, 2 cores", True)
+    assert is_na(box.fp32_flops)  # no clock rate, no guess
+
+
+def test_detect_stays_within_the_container(tmp_path: Path) -> None:
+    limits = {"sys__fs__cgroup__memory.max": str(16 * 2**30), "sys__fs__cgroup__memory.current": str(4 * 2**30)}
+    box = Box(**detect_facts(machine(tmp_path, cpuinfo=X86, **limits), nothing, "Linux"))
+    assert (box.memory_bytes, box.available_bytes) == (16 * GIB, 12 * GIB)
+    assert "container" in box.note
+
+
+def test_detect_a_spark(tmp_path: Path) -> None:
+    box = Box(**detect_facts(machine(tmp_path, cpuinfo=ARM), smi("NVIDIA GB10, [N/A], [N/A], 12.1"), "Linux"))  # type: ignore[arg-type]
+    assert (box.chip, box.unified, box.is_gpu, box.has_native_bf16, box.devices) == ("NVIDIA GB10", True, True, True, 1)
+    assert box.memory_bytes == 120 * GIB
+    assert box.usable_bytes == 92 * GIB  # from MemAvailable, never from the driver
+    assert box.bf16_flops == 92.3e12
+    assert box.sources["bf16_flops"] == "published"
+
+
+def test_detect_unknown_gpus(tmp_path: Path) -> None:
+    rows = ("NVIDIA Something, 24576, 20480, 8.9", "NVIDIA Something, 24576, 24000, 8.9")
+    box = Box(**detect_facts(machine(tmp_path), smi(*rows), "Linux"))  # type: ignore[arg-type]
+    assert (box.devices, box.unified, box.memory_bytes, box.available_bytes) == (2, False, 24 * GIB, 20 * GIB)
+    assert is_na(box.bf16_flops)
+    assert is_na(box.power_watts)
+    assert "not one pool" in box.note
+    assert "N/A" in box.describe()
+
+
+def test_detect_with_nothing_to_read(tmp_path: Path) -> None:
+    box = Box(**detect_facts(tmp_path / "empty", nothing, "Linux"))
+    assert is_na(box.memory_bytes)
+    assert is_na(box.usable_bytes)
+    assert box.to_dict()["memory_bytes"] is None
+    assert "N/A" in box.describe()
+    assert "N/A" in repr(box)
+
+
+def test_detect_a_mac(tmp_path: Path) -> None:
+    answers = {"hw.memsize": str(64 * 2**30) + "\n", "machdep.cpu.brand_string": "Apple M9\n"}
+    box = Box(**detect_facts(tmp_path, lambda command: answers.get(command[-1], ""), "Darwin"))
+    assert (box.chip, box.unified, box.memory_bytes) == ("Apple M9", True, 64 * GIB)
+    assert box.usable_bytes == 56 * GIB
+    assert is_na(Box(**detect_facts(tmp_path, nothing, "Darwin")).usable_bytes)
+
+
+def test_meter_reads_what_is_there(tmp_path: Path) -> None:
+    proc = machine(tmp_path, proc__pressure__memory="some avg10=1.25 avg60=0.00 avg300=0.00 total=9\nfull avg10=0.50 avg60=0.0 avg300=0.0 total=1\n",
+                   proc__77__status="Name:\tpython\nVmHWM:\t  2048 kB\nVmRSS:\t  1024 kB\nThreads:\t3\n") / "proc"  # fmt: skip
+    seen = read_memory(proc, pid=77)
+    assert seen.to_dict() == {
+        "total_bytes": 125829120 * KIB,
+        "available_bytes": 104857600 * KIB,
+        "free_bytes": 10485760 * KIB,
+        "cached_bytes": (102400 + 83886080 + 2097152 - 1048576) * KIB,
+        "swap_used_bytes": 102400 * KIB,
+        "pressure_percent": 1.25,
+        "rss_bytes": 1024 * KIB,
+        "rss_peak_bytes": 2048 * KIB,
+    }
+
+
+@pytest.mark.parametrize("broken", ["", "MemTotal\n:::\nMemAvailable: many kB\n"])
+def test_meter_says_na_for_what_is_not(tmp_path: Path, broken: str) -> None:
+    seen = read_memory(machine(tmp_path, meminfo=broken, proc__pressure__memory="some\n") / "proc", pid=1)
+    assert set(seen.to_dict().values()) == {None}
+    assert set(read_memory(tmp_path / "nowhere").to_dict().values()) == {None}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the real /proc")
+def test_meter_on_this_machine() -> None:
+    seen = read_memory()
+    assert 0 < seen.available_bytes <= seen.total_bytes
+    assert 2**20 < seen.rss_bytes <= seen.rss_peak_bytes
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    code = "import sys, sparklab.box, sparklab.box.meter; print(sorted({'torch', 'numpy', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,138 @@
+"""A real JupyterLab on 127.0.0.1 and a real Chromium that drives it, both isolated from this user's own settings."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+CHROMIUM = pathlib.Path("/usr/bin/chromium")
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+IDLE = "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+RUN_CELL = "i => { const w = jupyterapp.shell.currentWidget; w.content.activeCellIndex = i; return jupyterapp.commands.execute('notebook:run-cell'); }"
+
+
+def write_notebook(path, cells):
+    """A notebook of code cells, never run."""
+    path.write_text(
+        json.dumps(
+            {
+                "cells": [
+                    {"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
+                    for i, source in enumerate(cells)
+                ],
+                "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+                "nbformat": 4,
+                "nbformat_minor": 5,
+            }
+        )
+    )
+
+
+@contextlib.contextmanager
+def server(folder, *, dark=False, subshells=True):
+    """JupyterLab with ``folder/work`` as its root; yields its address."""
+    settings = {
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+        "apputils-extension/themes": {"theme": "JupyterLab Dark" if dark else "JupyterLab Light"},
+    }
+    if not subshells:
+        settings["notebook-extension/tracker"] = {"commsOverSubshells": "disabled"}
+    for name, value in settings.items():
+        file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(value))
+    (folder / "work").mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    places = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "ws", "JUPYTER_CONFIG_DIR": "c", "JUPYTER_DATA_DIR": "d",
+              "JUPYTER_RUNTIME_DIR": "r", "IPYTHONDIR": "i"}  # fmt: skip
+    command = [
+        sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={folder / 'work'}",
+        "--LabApp.expose_app_in_browser=True",
+    ]  # fmt: skip
+    with open(folder / "server.log", "w") as log:
+        process = subprocess.Popen(
+            command, env=dict(os.environ, **{key: str(folder / place) for key, place in places.items()}), stdout=log, stderr=log, start_new_session=True
+        )
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        for _ in range(900):
+            try:
+                with urllib.request.urlopen(address + "api/status", timeout=1):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(15)
+
+
+class Lab:
+    """One page on one notebook; remembers every request and every dialog."""
+
+    def __init__(self, page, address):
+        self.page, self.address = page, address
+        page.set_default_timeout(120_000)  # a loaded machine takes a minute to draw JupyterLab for the first time
+        self.requests, self.dialogs, self.errors = [], [], []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def open(self, name):
+        self.page.goto(f"{self.address}doc/tree/{name}")
+        self.page.wait_for_function(IDLE, timeout=120_000)
+
+    def reload(self):
+        self.page.reload()
+        self.page.wait_for_function(IDLE, timeout=120_000)
+
+    def run(self, index):
+        self.page.evaluate(RUN_CELL, index)
+
+    def cell(self, index):
+        return self.page.locator(".jp-Notebook .jp-CodeCell").nth(index)
+
+    def until(self, expression, timeout_seconds=20):
+        """Waits until a JavaScript expression over ``$`` (querySelector) and ``$$`` is true."""
+        body = f"() => {{ const $ = s => document.querySelector(s), $$ = s => [...document.querySelectorAll(s)]; return {expression}; }}"
+        self.page.wait_for_function(body, timeout=timeout_seconds * 1000)
+
+    def command(self, name):
+        self.page.evaluate("name => jupyterapp.commands.execute(name)", name)
+
+    def strangers(self):
+        """Requests that left this machine: there must be none."""
+        return [url for url in self.requests if not url.startswith((self.address, self.address.replace("http", "ws"), "data:", "blob:", "about:"))]
+
+    def shut_kernels(self):
+        with urllib.request.urlopen(self.address + "api/sessions") as answer:
+            sessions = json.load(answer)
+        for session in sessions:
+            urllib.request.urlopen(urllib.request.Request(f"{self.address}api/sessions/{session['id']}", method="DELETE")).close()
+
+
+@contextlib.contextmanager
+def browser(folder, *, width=1000, height=900):
+    """A fresh Chromium profile; yields its context."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            str(folder / "chromium"), executable_path=str(CHROMIUM), headless=True, chromium_sandbox=False, args=list(FLAGS),
+            viewport={"width": width, "height": height},
+        )  # fmt: skip
+        try:
+            yield context
+        finally:
+            context.close()

@@ -1,0 +1,140 @@
+"""The shared parts: escaping, ticks, smoothing, pictures, and the words and figures every panel says."""
+
+import base64
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ARABIC, HOSTILE, PLAN, STARTED, state_of, steps
+
+from sparklab.panels import facts, parts
+from sparklab.panels.compare import comparison_html, comparison_text
+
+
+def test_importing_panels_loads_no_widgets():
+    code = "import sys, sparklab.panels, sparklab.panels.run_panel, sparklab.panels.terminal, sparklab.panels.compare; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "ipywidgets", "anywidget", "traitlets", "IPython"} & set(loaded)
+
+
+def test_cleaning_takes_codes_controls_and_overrides_and_keeps_the_words():
+    assert parts.clean("a\x1b[31;1mb\x1b]0;title\x07c\x00\u202e\udc80d\r\ne") == "abcd\ne"
+    assert parts.clean(ARABIC) == ARABIC
+    assert parts.clean("x" * 50, 10) == "x" * 9 + "…"
+    assert parts.one_line(" a \n\t b ") == "a b"
+    assert len(parts.clean("\x1b" * 10**7)) == 0
+
+
+def test_escaping_leaves_no_markup():
+    escaped = parts.escape(HOSTILE + "\"'&")
+    assert not set("<>\"'") & set(escaped) and "&lt;script&gt;" in escaped
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [(0.13, 1.9, [0, 0.5, 1, 1.5, 2]), (0, 100, [0, 25, 50, 75, 100]), (-1, 1, [-1, -0.5, 0, 0.5, 1])])
+def test_ticks_are_round_and_enclose(low, high, expected):
+    assert parts.ticks(low, high) == expected
+
+
+@pytest.mark.parametrize("low", [-1e9, -3.0, 0.0, 1e-9, 7.0, 1e300])
+@pytest.mark.parametrize("span", [0.0, 1e-9, 0.3, 5.0, 1e12])
+def test_ticks_enclose_whatever_comes(low, span):
+    found = parts.ticks(low, low + span)
+    assert 2 <= len(found) <= 8 and found[0] <= low * (1 - 1e-9 * math.copysign(1, low)) + 1e-12
+    assert found[-1] >= low + span - 1e-6 * abs(low + span) - 1e-12
+
+
+def test_tick_labels_have_the_decimals_they_need():
+    assert [parts.tick_label(tick, 0.5) for tick in (0, 0.5, 1)] == ["0.0", "0.5", "1.0"]
+    assert [parts.tick_label(tick, 0.25) for tick in (0.25, 0.5)] == ["0.25", "0.50"]
+    assert [parts.tick_label(tick, 25) for tick in (0, 25)] == ["0", "25"]
+
+
+def test_the_step_axis_moves_rarely():
+    ends = [parts.axis_end(last, 1000) for last in range(1, 1001)]
+    assert all(end >= last for last, end in enumerate(ends, 1)) and ends == sorted(ends) and ends[-1] == 1000 and len(set(ends)) < 20
+    assert parts.axis_end(10**300, 0) == 10**300
+
+
+def test_smoothing_has_no_bias_and_no_lag():
+    assert parts.smooth([3.0] * 50, 0.95) == pytest.approx([3.0] * 50)
+    line = [10.0 - 0.1 * i for i in range(200)]
+    assert parts.smooth(line, 0.9)[100] == pytest.approx(line[100], abs=1e-6)
+    with_hole = parts.smooth([3.0, math.nan, 3.0], 0.9)
+    assert with_hole == pytest.approx([3.0] * 3)
+    assert all(math.isnan(value) for value in parts.smooth([math.nan] * 3, 0.9))
+
+
+def test_a_chart_of_many_points_is_small_and_keeps_its_spikes():
+    values = [1.0] * 100_000
+    values[54_321] = 9.0
+    chart = parts.Chart(x_range=(0, 1e5), y_ticks=(0, 10), curves=(parts.Curve(xs=range(100_000), ys=values, colour="red"),))
+    svg = chart.svg()
+    assert len(svg) < 40_000 and " 100.0" in svg  # y of 9 on 0..10
+
+
+def test_an_image_decodes_to_its_svg():
+    tag = parts.image("<svg/>", 'a "quoted" <alt>', 20)
+    assert base64.b64decode(re.search(r"base64,([^\"]+)", tag)[1]) == b"<svg/>" and "<alt>" not in tag
+
+
+# words and figures
+
+
+def test_memory_closes_its_books_on_the_plan():
+    state = state_of(STARTED, {"event": "memory", "process_bytes": 1.5 * 2**30, "peak_bytes": 2 * 2**30})
+    view = facts.memory(state, PLAN)
+    assert [segment["gib"] for segment in view["segments"]] == [1.2, 1.1, 0.5, 0.4]  # the load phase is not in it
+    assert sum(segment["gib"] for segment in view["segments"]) == pytest.approx(view["planned"])
+    assert (view["now"], view["peak"], view["usable"]) == (1.5, 2.0, 21.4)
+    assert view["line"] is None, "a line six times beyond the plan would squeeze it"
+    assert facts.memory(state, {**PLAN, "usable_gib": 4.0})["line"] == 4.0
+
+
+def test_many_lines_are_summed_and_a_gap_is_named():
+    lines = [{"name": f"line {i}", "phase": "train", "gib": 1.0 + i / 100} for i in range(12)]
+    view = facts.memory(state_of(), {"peak_gib": 15.0, "peak_phase": "train", "lines": lines})
+    assert len(view["segments"]) == len(parts.SEGMENTS) and view["segments"][-1]["name"] == "everything else"
+    assert sum(segment["gib"] for segment in view["segments"]) == pytest.approx(15.0)
+
+
+@pytest.mark.parametrize("plan", [{}, {"lines": 3, "peak_gib": "x"}, {"lines": [None, {"gib": -1}, {"gib": "a", "phase": []}], "usable_gib": math.inf}])
+def test_a_damaged_plan_costs_only_itself(plan):
+    view = facts.memory(state_of(STARTED), plan)
+    assert view["segments"] == [] and view["peak"] is None and view["scale"] > 0
+    assert "N/A" not in facts.memory_words(view)
+
+
+def test_the_head_of_every_state():
+    assert facts.head(state_of())["word"] == "Starting" and facts.head(state_of())["step"] == "no step yet"
+    head = facts.head(state_of(STARTED, {"event": "phase", "phase": "load"}))
+    assert (head["word"], head["tone"], head["eta"]) == ("Loading the model", "run", "–")
+    head = facts.head(state_of(STARTED, {"event": "phase", "phase": "train"}, *steps(25)))
+    assert (head["word"], head["step"], head["share"], head["epoch"]) == ("Training", "step 25 of 100", 0.25, "0.25") and head["eta"].endswith(" s")
+    head = facts.head(state_of(STARTED, *steps(100), {"event": "finished", "time": 1200.0}))
+    assert (head["word"], head["share"], head["eta"], head["over"]) == ("Finished", 1.0, "", True)
+
+
+def test_exact_match_is_told_before_and_after(full_state):
+    assert facts.exact_match(full_state) == "2 % → 94 %" and "200" in facts.exact_match_count(full_state)
+    assert facts.exact_match(state_of(STARTED, {"event": "eval", "step": 0, "loss": 1.0})) == ""
+    assert facts.broken(full_state) == "1 NaN, first at step 7"
+
+
+# side by side
+
+
+ROWS = [{"prompt": HOSTILE, "base": HOSTILE, "tuned": ARABIC}, {"prompt": "two", "base": "", "tuned": None}, {}]
+
+
+def test_comparison_html_is_inert_and_reads_in_its_own_direction():
+    html = comparison_html(ROWS)
+    assert not re.search(r"<(script|style|svg|img)|\son\w+=[^&]*<", html) and html.count('dir="auto"') >= 4 and ARABIC in html
+    assert html.count("(no answer)") == 4 and "No prompts" in comparison_html([])
+
+
+def test_comparison_text_lets_no_code_through():
+    text = comparison_text([*ROWS, {"prompt": "p " * 60, "base": "word " * 60, "tuned": "t"}], columns=50)
+    assert "\x1b" not in text and "\x00" not in text and max(map(len, text.splitlines())) <= 60
+    assert "base    " in text and "tuned   " in text and comparison_text([]) == "No prompts to compare."

@@ -1,0 +1,96 @@
+"""The terminal form: one line where there is a screen, few lines where there is a log, and no code from any text."""
+
+import io
+import re
+
+import pytest
+from conftest import HOSTILE, PLAN, STARTED, start_worker, state_of, steps, write
+
+from sparklab.panels.terminal import ProgressLine, follow, progress, summary
+
+OWN_CODES = re.compile("\r\x1b\\[2K")
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_following_a_worker_to_its_end_in_a_log(directory):
+    worker = start_worker(directory, "--steps", "60", "--delay", "0.005", "--load", "0", "--hostile")
+    log = io.StringIO()
+    state = follow(directory, log, every_seconds=0.02)
+    assert state.status == "finished" and worker.wait(10) == 0
+    lines = log.getvalue().splitlines()
+    assert "Finished · step 60 of 60" in lines[-1] and "tok/s" in lines[-1] and "GiB of 3.20 GiB planned" in lines[-1]
+    assert 3 <= len(lines) <= 40 and "\x1b" not in log.getvalue() and "\u202e" not in log.getvalue()
+
+
+def test_a_screen_has_one_line_that_is_drawn_again(directory):
+    write(directory, STARTED, *steps(10, total=10), {"event": "finished", "step": 10})
+    screen = Screen()
+    follow(directory, screen)
+    assert screen.getvalue().startswith("\r\x1b[2K█") and screen.getvalue().count("\n") == 1 and screen.getvalue().endswith("\n")
+
+
+def test_warnings_stand_above_the_line_without_their_codes():
+    screen = Screen()
+    line = ProgressLine(PLAN, screen)
+    state = state_of(STARTED, *steps(3))
+    line.update(state)
+    state.add({"event": "warning", "time": 1.0, "message": HOSTILE})
+    line.update(state)
+    line.update(state)
+    line.close()
+    rest = OWN_CODES.sub("", screen.getvalue())
+    assert "\x1b" not in rest and rest.count("alert(2)") == 1 and "red" in rest
+
+
+def test_an_unchanged_state_is_not_drawn_again():
+    screen = Screen()
+    line = ProgressLine(PLAN, screen)
+    state = state_of(STARTED, *steps(3), {"event": "finished"})
+    line.update(state)
+    drawn = screen.getvalue()
+    line.update(state)
+    assert screen.getvalue() == drawn
+
+
+def test_an_interrupt_goes_to_the_caller_after_the_line_is_ended(directory, monkeypatch):
+    descriptor = directory.lock()
+    write(directory, STARTED, *steps(3))
+
+    def interrupt(_seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    screen = Screen()
+    with pytest.raises(KeyboardInterrupt):
+        follow(directory, screen)
+    assert screen.getvalue().endswith("\n")
+    import os
+
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("columns", [200, 100, 80, 60, 40, 20, 10])
+def test_the_line_fits_and_drops_what_matters_least(columns, full_state):
+    state = state_of(STARTED, {"event": "phase", "phase": "train"}, *steps(40), {"event": "memory", "process_bytes": 3e9, "peak_bytes": 3e9})
+    text = progress(state, PLAN, columns)
+    assert len(text) <= columns and text.replace("█", "").replace("░", "").strip().startswith("Training"[:columns])
+    assert ("planned" in text) == (columns >= 100)
+
+
+def test_an_ascii_terminal_gets_question_marks():
+    raw = io.BytesIO()
+    line = ProgressLine(PLAN, io.TextIOWrapper(raw, encoding="ascii"))
+    line.update(state_of(STARTED, *steps(3)))
+    assert b"Training" in raw.getvalue() or b"Starting" in raw.getvalue()
+
+
+def test_the_summary_says_what_came_of_it(full_state):
+    text = summary(full_state, PLAN)
+    assert "\x1b" not in text and len(text.splitlines()) == 8
+    for words in ("Failed, step 60 of 100", "why ", "fix ", "best 0.400 at step 60", "2 % → 94 %", "peak 3.07 GiB of 3.20 GiB planned, 21.4 GiB usable"):
+        assert words in text, words
+    assert summary(state_of(), {}) == "Starting, no step yet, –"

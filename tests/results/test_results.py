@@ -1,0 +1,43 @@
+"""Compare and evaluate, on a run that learned."""
+
+import math
+
+import pytest
+
+import sparklab as sl
+from sparklab.engine.answer import exact_match
+from sparklab.errors import RunError
+
+pytestmark = pytest.mark.slow
+
+
+def test_exact_match_by_hand():
+    assert exact_match(["a ", "b", "c", "d"], ["a", "b", "x", "D"]) == {"exact_match": 0.5, "n": 4, "standard_error": 0.25}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_compare_and_evaluate(small_recipe, tmp_path, method):
+    run = sl.train(small_recipe(method, max_steps=40, epochs=20), tmp_path / "run", inline=True, panel=False)
+    prompt = "Hello <b>there</b>!"
+    comparison = run.compare([prompt], max_new_tokens=12)
+    (row,) = comparison.rows
+    assert row["prompt"] == prompt
+    assert row["base"] != row["tuned"]
+    assert prompt in str(comparison)
+    assert "<b>there" not in comparison._repr_html_()
+    evaluation = run.evaluate(4)
+    assert (evaluation.held_out, evaluation.answered) == (8, 4)
+    # the same loss the run itself measured at its end and at its start, computed by another process from the saved files
+    assert evaluation.tuned.loss == pytest.approx(run.state.evals[-1]["loss"], rel=1e-5)
+    assert evaluation.base.loss == pytest.approx(run.state.evals[0]["loss"], rel=1e-5)
+    assert evaluation.tuned.loss < evaluation.base.loss
+    assert not math.isnan(evaluation.tuned.exact_match)
+    assert "±" in str(evaluation)
+
+
+def test_no_result_yet(small_recipe, tmp_path):
+    from sparklab.run.directory import RunDirectory
+
+    run = sl.Run(RunDirectory.create(tmp_path / "run", small_recipe(), {}, {}))
+    with pytest.raises(RunError, match="no result yet"):
+        run.compare(["Hello"])
