@@ -1,6 +1,7 @@
 """Two altitudes, one training: the flat loop of examples/ and the real run reach the same losses."""
 
 import runpy
+import time
 
 import pytest
 from conftest import ROOT
@@ -19,7 +20,7 @@ def test_the_flat_loop_and_the_run_reach_the_same_losses(tmp_path):
     whole = recipe.replace(data=recipe.data, held_out=str(tmp_path / "lesson" / "orders-held-out.jsonl"), eval_every=10_000, save_every=10_000)
     run = sl.train(whole, tmp_path / "run", panel=False)
     while run.state.step < steps and not run.state.is_over:
-        pass
+        time.sleep(0.05)
     run.stop()
     run.wait(120)
     assert run.state.losses[:steps] == pytest.approx(plain, rel=2e-3)

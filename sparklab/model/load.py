@@ -100,7 +100,10 @@ def set_checkpointing(model: nn.Module, layers: int | str) -> int:
     wanted = len(blocks) if layers == "all" else 0 if layers == "none" else min(int(layers), len(blocks))
     if wanted:
         base: Any = causal_lm(model)
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(base, "activation_checkpointing_enable"):  # its name since transformers 5.2x; the old one warns there
+            base.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
         for index, block in enumerate(blocks):
             block.gradient_checkpointing = index < wanted  # type: ignore[assignment]
     return wanted

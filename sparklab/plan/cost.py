@@ -13,8 +13,9 @@ from sparklab.box import Box
 from sparklab.plan.ledger import Ledger
 from sparklab.units import NA, is_na
 
-# Published: LoRA at 157 to 199 of an A100's 312 TFLOP/s, but plain training loops on a GB10 far lower. Assumed until a rehearsal measures.
-COMPUTE_SHARE: Final = {True: 0.40, False: 0.25}  # by "a GPU computes"
+# GPU: plain loops reach about 0.4 of the peak (published: 0.50 to 0.64 on an A100 with recomputation counted and tuned kernels).
+# CPU: 0.05 of two AMX cores' peak in a bare LoRA loop (measured by us): small matrices and bookkeeping take the time.
+COMPUTE_SHARE: Final = {True: 0.40, False: 0.05}  # by "a GPU computes"
 BANDWIDTH_SHARE: Final = 0.67  # 180 to 218 of 273 GB/s measured on a Spark
 
 Range = tuple[float, float]

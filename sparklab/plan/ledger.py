@@ -253,9 +253,7 @@ class Ledger:
         if self.recipe.loss == "chunked":
             rows = min(CHUNK_TOKENS, tokens)
             # logsumexp makes a copy of the logits inside; the copies in the head's type, before and after it, are smaller.
-            items.append(
-                Item("loss", 2.0 * hidden * width * tokens, lambda: f"supervised states, their gradients: {tokens:,} x 2 x {hidden:,} x {width} B")
-            )
+            items.append(Item("loss", 2.0 * hidden * width * tokens, lambda: f"supervised states, their gradients: {tokens:,} x 2 x {hidden:,} x {width} B"))
             items.append(Item("loss tile", 4.0 * rows * vocabulary, lambda: f"{rows:,} tokens x {vocabulary:,} logits x 4 B"))
             items.append(Item("loss workspace", 4.0 * rows * vocabulary, lambda: f"logsumexp's copy of the tile, {rows:,} x {vocabulary:,} x 4 B"))
         else:

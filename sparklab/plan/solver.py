@@ -111,4 +111,6 @@ def _forecast(recipe: Recipe, anatomy: Anatomy, box: Box, tokens: float | None) 
         notes.append(f"max_length {recipe.max_length} is longer than the {anatomy.max_positions} positions the model was made for")
     if box.resolve_dtype(recipe.dtype) == "bf16" and not box.has_native_bf16:
         notes.append(f"{box.chip} does not compute in bf16: it is emulated, slower than fp32")
-    return Plan(recipe, anatomy, box, float(total), tuple(notes))
+    planned = Plan(recipe, anatomy, box, float(total), tuple(notes))
+    assert planned.peak_bytes > 0  # made now, so that a recipe that does not go with its model says so here and not when it is looked at
+    return planned

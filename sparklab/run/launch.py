@@ -23,7 +23,15 @@ from sparklab.units import format_bytes
 
 PACKAGES = ("sparklab", "torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes")
 
-_workers: list[subprocess.Popen[bytes]] = []  # kept so that ended ones are reaped, not left as zombies
+
+class _Detached(subprocess.Popen[bytes]):
+    """A process that outlives its starter on purpose, so Python need not warn that it still runs."""
+
+    def __del__(self) -> None:
+        pass
+
+
+_workers: list[_Detached] = []  # kept so that ended ones are reaped, not left as zombies
 
 
 def start(directory: RunDirectory) -> None:
@@ -36,7 +44,7 @@ def start(directory: RunDirectory) -> None:
     try:
         with open(directory.log_path, "ab") as log:
             _workers.append(
-                subprocess.Popen(
+                _Detached(
                     [sys.executable, "-m", "sparklab.run.worker", str(directory.path.resolve()), "--lock-fd", str(descriptor)],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=(descriptor,), env=worker_environment(directory.recipe),
                 )

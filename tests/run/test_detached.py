@@ -65,8 +65,7 @@ def test_signals(small_recipe, tmp_path, number, status):
 
 
 def test_the_workers_own_error_reaches_the_caller(small_recipe, tmp_path):
-    recipe = small_recipe(targets=("no_such_linear",))
-    run = sl.train(recipe, tmp_path / "run", panel=False, force=True)
-    with pytest.raises(RunFailed, match="no layer of .* matches targets"):
+    run = sl.train(small_recipe(max_length=20, on_long="error"), tmp_path / "run", panel=False)
+    with pytest.raises(RunFailed, match="longer than max_length 20"):
         run.wait(120)
-    assert "use 'all-linear' or some of" in run.state.fix
+    assert "raise max_length" in run.state.fix
