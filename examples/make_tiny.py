@@ -13,7 +13,7 @@ release is written only if the validation gate passes; ``--force`` writes it any
 """
 
 # Names of tensors end in their shapes: B rows, T tokens, V entries of the vocabulary, N = B*T.
-# ruff: noqa: N802, N803, N806, N812, N815
+# ruff: noqa: N802, N815
 
 from __future__ import annotations
 

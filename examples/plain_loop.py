@@ -45,10 +45,8 @@ def train(steps: int, seed: int = 0) -> list[float]:
     losses = []
     for step in range(steps):
         # Learning rate: up in a straight line, then down along a cosine.
-        if step < warmup:
-            scale = step / warmup
-        else:
-            scale = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (updates - warmup)))
+        falling = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (updates - warmup)))
+        scale = step / warmup if step < warmup else falling
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * scale
 

@@ -18,34 +18,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparklab import errors as errors
-    from sparklab.plan import recipes as recipes
     from sparklab.api import Run, quickstart, train
     from sparklab.box import Box
     from sparklab.data.lesson import lesson
     from sparklab.model.anatomy import Anatomy
-    from sparklab.plan import Plan, PlanTable, plan
-    from sparklab.plan.recipe import Recipe
+    from sparklab.planner import Plan, PlanTable, plan
+    from sparklab.planner import recipes as recipes
+    from sparklab.planner.recipe import Recipe
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Anatomy": "sparklab.model.anatomy",
     "Box": "sparklab.box",
-    "Plan": "sparklab.plan",
-    "PlanTable": "sparklab.plan",
-    "Recipe": "sparklab.plan.recipe",
+    "Plan": "sparklab.planner",
+    "PlanTable": "sparklab.planner",
+    "Recipe": "sparklab.planner.recipe",
     "Run": "sparklab.api",
     "errors": "sparklab.errors",
     "lesson": "sparklab.data.lesson",
-    "plan": "sparklab.plan",
+    "plan": "sparklab.planner",
     "quickstart": "sparklab.api",
-    "recipes": "sparklab.plan.recipes",
+    "recipes": "sparklab.planner.recipes",
     "train": "sparklab.api",
 }
 
 _MODULES = {"errors", "recipes"}
 
-__all__ = ["Anatomy", "Box", "Plan", "PlanTable", "Recipe", "Run", "errors", "lesson", "plan", "quickstart", "recipes", "train"]  # noqa: PLE0604 - loaded lazily
+__all__ = ["Anatomy", "Box", "Plan", "PlanTable", "Recipe", "Run", "errors", "lesson", "plan", "quickstart", "recipes", "train"]
 
 
 def __getattr__(name: str) -> Any:

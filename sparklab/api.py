@@ -14,8 +14,8 @@ from sparklab.data.lesson import lesson
 from sparklab.data.read import read_chats
 from sparklab.errors import RunError
 from sparklab.model.source import check_trainable
-from sparklab.plan import plan as make_plan
-from sparklab.plan.recipe import Recipe
+from sparklab.planner import plan as make_plan
+from sparklab.planner.recipe import Recipe
 from sparklab.results.job import ask
 from sparklab.run import launch
 from sparklab.run.directory import RunDirectory

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparklab.errors import SparklabError
-from sparklab.plan.recipe import Recipe, field_help
+from sparklab.planner.recipe import Recipe, field_help
 from sparklab.units import jsonable
 
 USER_ERROR = 2
@@ -101,7 +101,8 @@ def _recipe_flags(parser: argparse.ArgumentParser, leave_out: set[str]) -> None:
         if field.name in leave_out:
             continue
         text = texts[field.name].replace("%", "%%").replace("``", "")
-        flag, options = "--" + field.name.replace("_", "-"), {"default": argparse.SUPPRESS, "dest": f"recipe_{field.name}", "help": text}
+        flag = "--" + field.name.replace("_", "-")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f"recipe_{field.name}", "help": text}
         if hints[field.name] is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(hints[field.name]) is tuple:
@@ -158,7 +159,7 @@ def _box(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from sparklab.box import Box  # noqa: PLC0415
-    from sparklab.plan import plan  # noqa: PLC0415
+    from sparklab.planner import plan  # noqa: PLC0415
 
     table = plan(options.model, box=Box.profile(options.box) if options.box else None, tokens=options.tokens, **_changes(options))
     _show(options, table.to_dict(), table)
@@ -166,7 +167,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from sparklab.api import train  # noqa: PLC0415
-    from sparklab.plan import recipes  # noqa: PLC0415
+    from sparklab.planner import recipes  # noqa: PLC0415
 
     changes = _changes(options)
     recipe = getattr(recipes, changes.pop("method", "lora"))(options.model, options.data, **changes)

@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 import sparklab as sl
 from sparklab.cli import build_parser
 
@@ -18,9 +20,17 @@ def signatures():
     for name in sorted(sl.__all__):
         value = getattr(sl, name)
         if inspect.ismodule(value):
-            found[name] = sorted(each for each in vars(value) if not each.startswith("_") and callable(vars(value)[each]) and getattr(vars(value)[each], "__module__", "") == value.__name__)
+            found[name] = sorted(
+                each
+                for each in vars(value)
+                if not each.startswith("_") and callable(vars(value)[each]) and getattr(vars(value)[each], "__module__", "") == value.__name__
+            )
         elif inspect.isclass(value):
-            methods = {each: str(inspect.signature(member)) for each, member in inspect.getmembers(value, inspect.isroutine) if not each.startswith("_") and each in dir(value)}
+            methods = {
+                each: str(inspect.signature(member))
+                for each, member in inspect.getmembers(value, inspect.isroutine)
+                if not each.startswith("_") and each in dir(value)
+            }
             found[name] = {"methods": methods, "fields": [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []}
         else:
             found[name] = str(inspect.signature(value))
@@ -53,12 +63,8 @@ def test_every_export_loads_and_has_a_docstring():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    try:
-        sl.nonsense
-    except AttributeError as error:
-        assert "nonsense" in str(error)
-    else:
-        raise AssertionError("no error")
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = sl.nonsense
 
 
 def test_recipe_repr_is_python():

@@ -20,7 +20,7 @@ from sparklab.data.template import IGNORED, ChatEncoder, Document, too_long, tru
 from sparklab.errors import DataError
 
 if TYPE_CHECKING:
-    from sparklab.plan.recipe import Recipe
+    from sparklab.planner.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ Most names are made of random syllables: copying them has to be a skill, not a m
 """
 
 # Word lists read better as sentences than as lists of literals; Arabic letters look like Latin ones.
-# ruff: noqa: SIM905, RUF001
+# ruff: noqa: SIM905
 
 from __future__ import annotations
 

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from sparklab.data.template import stop_ids
+from sparklab.model.anatomy import Anatomy
 from sparklab.model.load import causal_lm
-from sparklab.plan.ledger import ANSWERS_AT_ONCE
+from sparklab.planner.ledger import answers_at_once
+from sparklab.planner.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
 
 
 @contextmanager
@@ -34,25 +35,25 @@ def generating(model: nn.Module) -> Iterator[Any]:
         model.train(was_training)
 
 
-def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, recipe: Recipe) -> list[str]:
     """Greedy continuations of prompts given as token ids, in their order, special tokens left out.
 
-    Prompts of similar length go together, so that little is computed for padding.
+    Prompts of similar length go together, so that little is computed for padding; as many at once as the plan of the recipe counted on.
     """
+    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+    at_once = answers_at_once(Anatomy.read(recipe.model), longest, causal_lm(model).get_input_embeddings().weight.element_size())
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts = [""] * len(prompts)
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with generating(model) as ready:
         stops = _stops(ready, tokenizer)
-        for start in range(0, len(order), ANSWERS_AT_ONCE):
-            chosen = order[start : start + ANSWERS_AT_ONCE]
+        for start in range(0, len(order), at_once):
+            chosen = order[start : start + at_once]
             width = max(len(prompts[index]) for index in chosen)
             ids = torch.tensor([[pad] * (width - len(prompts[index])) + list(prompts[index]) for index in chosen], device=device)
             mask = torch.tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen], device=device)
-            output = ready.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=stops
-            )
+            output = ready.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=stops)
             for index, text in zip(chosen, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
                 texts[index] = text
     return texts

@@ -7,6 +7,7 @@ mask would cost the square of the sum and keep a [T, T] mask alive.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def packed_attention(
             scale=scaling,
             enable_gqa=grouped,
         )
-        for start, end in zip(borders, borders[1:], strict=False)
+        for start, end in pairwise(borders)
     ]
     return torch.cat(parts, 2).transpose(1, 2), None
 

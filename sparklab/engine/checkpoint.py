@@ -141,7 +141,7 @@ def load_scheduler(scheduler: Any, folder: Path) -> None:
 def save_rng(folder: Path) -> None:
     """The state of every random generator a step may draw from: Python, NumPy, torch on the CPU and on each CUDA device."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - libraries draw from the global one
+    kind, keys, position, has_gauss, cached = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     content = {
         "python": [version, list(internal), gauss],
@@ -158,7 +158,7 @@ def load_rng(folder: Path) -> None:
     version, internal, gauss = content["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = content["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(torch.tensor(content["torch"], dtype=torch.uint8))
     if content["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([torch.tensor(state, dtype=torch.uint8) for state in content["cuda"]])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparklab.plan.ledger import CHUNK_TOKENS
+from sparklab.planner.ledger import CHUNK_TOKENS
 
 IGNORE = -100
 
@@ -33,6 +33,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             lse_C = logits_CV.logsumexp(-1)
             total += (lse_C - logits_CV.gather(1, labels_C[:, None])[:, 0]).sum()
             if not (wants_hidden or wants_head):
+                del logits_CV  # or this tile would live on while the next one is made
                 continue
             grad_CV = logits_CV.sub_(lse_C[:, None]).exp_()  # softmax, in the logits' own memory
             grad_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1
@@ -41,11 +42,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_CV, head_VH, out=grad_hidden_SH[start : start + chunk])
             if grad_head_VH is not None:
                 grad_head_VH.addmm_(grad_CV.t(), hidden_CH)
+            del logits_CV, grad_CV
         ctx.save_for_backward(grad_hidden_SH, grad_head_VH)
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden_SH, grad_head_VH = ctx.saved_tensors
         return (
             None if grad_hidden_SH is None else grad_hidden_SH.mul_(grad),

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from sparklab.data.dataset import Row
 from sparklab.data.pack import epoch_order
-from sparklab.model.load import causal_lm
-from sparklab.plan.recipe import Recipe
 from sparklab.engine import checkpoint
 from sparklab.engine.loss import IGNORE, chunked_cross_entropy, full_cross_entropy
+from sparklab.model.load import causal_lm
+from sparklab.planner.recipe import Recipe
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -50,12 +50,18 @@ class EpochSampler(Sampler[int]):
 class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     """Trainer over packed rows: loss from hidden states, a mean over all supervised tokens of an update, checkpoints without pickles."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, folder: Path, train_rows: Sequence[Row], held_out_rows: Sequence[Row], callback: TrainerCallback) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, folder: Path, train_rows: Sequence[Row], held_out_rows: Sequence[Row], callback: TrainerCallback
+    ) -> None:
         self.recipe, self.folder = recipe, folder
         self.update_tokens = self.update_supervised = 0
         arguments = training_arguments(recipe, folder, len(train_rows), held_out=bool(held_out_rows))
         super().__init__(
-            model=model, args=arguments, data_collator=collate, train_dataset=train_rows, eval_dataset=held_out_rows if len(held_out_rows) else None,
+            model=model,
+            args=arguments,
+            data_collator=collate,
+            train_dataset=train_rows,
+            eval_dataset=held_out_rows if len(held_out_rows) else None,
             callbacks=[callback],
         )
         # compute_loss divides by the supervised tokens of the whole update itself
@@ -67,12 +73,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         assert not return_outputs, "no logits are ever held"
         self.update_tokens += inputs["input_ids"].numel()
         count = float(num_items_in_batch) if num_items_in_batch is not None else float((inputs["labels"][:, 1:] != IGNORE).sum())
-        return row_loss(model, inputs, count, self.recipe.loss) * self.accelerator.num_processes
+        ranks: int = self.accelerator.num_processes
+        return row_loss(model, inputs, count, self.recipe.loss) * ranks
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """As :meth:`measure_loss`, and tells the callbacks."""
         metrics = self.measure_loss()
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def measure_loss(self) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a model is made of, read from its ``config.json`` alone: no weights, no torch, no remote code.
 
 A layer is a list of *parts* in the order they run. Each part names the tensors it reads and the one it writes, so whatever walks the list (the
-parameter count here, the memory ledger and the cost in :mod:`sparklab.plan`) needs no knowledge of families: a new family is a new list.
+parameter count here, the memory ledger and the cost in :mod:`sparklab.planner`) needs no knowledge of families: a new family is a new list.
 Shapes below leave the batch out: B is 1 everywhere, since rows are packed.
 """
 

@@ -12,7 +12,7 @@ from torch import nn
 from sparklab.box import Box
 from sparklab.errors import ModelError, ModelNotFound
 from sparklab.model.source import check_trainable
-from sparklab.plan.recipe import Recipe
+from sparklab.planner.recipe import Recipe
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -65,6 +65,7 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device, attentio
         model: nn.Module = AutoModelForCausalLM.from_pretrained(source, local_files_only=os.path.isdir(source), **options)
     except (OSError, ValueError) as error:
         raise _not_loadable(recipe.model, source, error) from error
+    module: Any
     for module in model.modules():
         # On a CPU bitsandbytes repacks 4-bit weights at the first forward without gradients, and later training runs through a kernel
         # that has no gradient. Evaluating before training must not change what training computes, so that path stays off.
@@ -78,9 +79,11 @@ def add_adapters(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> nn.Mod
     """The model with trainable LoRA adapters in ``dtype``, seeded by the recipe; PEFT owns them: its names, its saved files."""
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
 
-    targets: str | list[str] = recipe.targets if recipe.targets == "all-linear" else list(recipe.targets)
+    targets: str | list[str] = "all-linear"
     if recipe.targets == "attention":
         targets = list(ATTENTION_LINEARS)
+    elif recipe.targets != "all-linear":
+        targets = [recipe.targets] if isinstance(recipe.targets, str) else list(recipe.targets)
     config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=targets, task_type="CAUSAL_LM")
     torch.manual_seed(recipe.seed)  # A is random: the same recipe starts from the same adapters
     try:
@@ -133,9 +136,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _nf4(recipe: Recipe, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig  # noqa: PLC0415
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=recipe.double_quantization
-    )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=recipe.double_quantization)
 
 
 def _not_loadable(model: str, source: str, error: Exception) -> ModelError:

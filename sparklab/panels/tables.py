@@ -37,6 +37,13 @@ class Scores:
     n: int
 
 
+def _scores(answer: dict[str, Any]) -> Scores:
+    def figure(name: str) -> float:
+        return NA if answer.get(name) is None else float(answer[name])
+
+    return Scores(loss=figure("loss"), exact_match=figure("exact_match"), standard_error=figure("standard_error"), n=int(answer["n"]))
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Base and tuned on the same held-out records: ``held_out`` in all, of which ``answered`` were answered greedily."""
@@ -49,8 +56,7 @@ class Evaluation:
     @classmethod
     def from_answer(cls, answer: dict[str, Any]) -> Evaluation:
         """From the JSON object of the evaluating process."""
-        base, tuned = (Scores(**{name: NA if (value := answer[who].get(name)) is None else value for name in Scores.__annotations__}) for who in ("base", "tuned"))
-        return cls(base=base, tuned=tuned, held_out=answer["held_out"], answered=answer["answered"])
+        return cls(base=_scores(answer["base"]), tuned=_scores(answer["tuned"]), held_out=answer["held_out"], answered=answer["answered"])
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as the CLI's ``--json`` prints them."""

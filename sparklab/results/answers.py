@@ -14,12 +14,12 @@ from sparklab.box import Box
 from sparklab.data.chat import Message
 from sparklab.data.dataset import prepare
 from sparklab.data.template import prompt_ids
-from sparklab.errors import RunError
-from sparklab.model import load
-from sparklab.run.directory import RunDirectory
 from sparklab.engine import attention, checkpoint
 from sparklab.engine.answer import answer, exact_match
 from sparklab.engine.trainer import mean_loss
+from sparklab.errors import RunError
+from sparklab.model import load
+from sparklab.run.directory import RunDirectory
 from sparklab.units import jsonable
 
 
@@ -33,11 +33,11 @@ class Tuned:
         if wrong:
             raise RunError(f"{directory.result_path} is damaged: {'; '.join(wrong)}", "resume the run, or train anew")
         attention.register()
-        box = Box.detect()
+        self.box = Box.detect()
         self.tokenizer = load.load_tokenizer(self.recipe.model)
-        self.model = load.load_model(self.recipe, box, attention.NAME)
+        self.model = load.load_model(self.recipe, self.box, attention.NAME)
         # adapters switch off; after full fine-tuning the base must be read again
-        self._base = load.load_model(self.recipe, box, attention.NAME) if self.recipe.method == "full" else self.model
+        self._base = load.load_model(self.recipe, self.box, attention.NAME) if self.recipe.method == "full" else self.model
         checkpoint.load_weights(self.model, Path(directory.result_path))
         self.model.eval()
 
@@ -46,7 +46,7 @@ class Tuned:
         ids = [prompt_ids(self.tokenizer, chat) for chat in messages]
         model, context = self.state(tuned)
         with context:
-            return answer(model, self.tokenizer, ids, max_new_tokens)
+            return answer(model, self.tokenizer, ids, max_new_tokens, self.recipe)
 
     def state(self, tuned: bool) -> tuple[nn.Module, AbstractContextManager[Any]]:
         """The model and the context in which it is what the run made, or what it was before."""

@@ -51,7 +51,7 @@ def main() -> int:
     answer_path = Path(request.pop("answer"))
     directory, question = RunDirectory(request.pop("directory")), request.pop("question")
     try:
-        answer = {"compare": compare, "evaluate": evaluate}[question](directory, **request)
+        answer = compare(directory, **request) if question == "compare" else evaluate(directory, **request)
     except SparklabError as error:
         answer = error.to_dict()
     draft = answer_path.with_suffix(".new")

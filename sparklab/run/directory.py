@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sparklab.errors import RunBusy, RunError, RunExists, RunNotFound
-from sparklab.plan.recipe import Recipe
+from sparklab.planner.recipe import Recipe
 from sparklab.run.events import EventReader
 from sparklab.run.state import RunState
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sparklab.errors import DiskFull, RunError, RunFailed
 from sparklab.model.source import check_trainable
-from sparklab.plan.recipe import Recipe
+from sparklab.planner.recipe import Recipe
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
 from sparklab.run.worker import advance
@@ -92,7 +92,7 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
 
 def describe(recipe: Recipe) -> dict[str, Any]:
     """What the result also depends on: versions, machine, and the data's content."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -11,10 +11,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparklab.box.meter import read_memory
+from sparklab.engine import checkpoint
 from sparklab.errors import RunFailed
 from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventWriter
-from sparklab.engine import checkpoint
 
 MEMORY_SECONDS = 1.0  # between two memory events
 

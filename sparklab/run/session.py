@@ -12,13 +12,13 @@ from torch import nn
 from sparklab.box import Box
 from sparklab.data.dataset import Prepared, prepare
 from sparklab.data.template import prompt_ids
+from sparklab.engine import attention, checkpoint
+from sparklab.engine.answer import answer, exact_match
+from sparklab.engine.trainer import PackedTrainer
 from sparklab.model import load
 from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventWriter
 from sparklab.run.reporter import Reporter
-from sparklab.engine import attention, checkpoint
-from sparklab.engine.answer import answer, exact_match
-from sparklab.engine.trainer import PackedTrainer
 
 
 class Session:
@@ -74,9 +74,7 @@ class Session:
         self.events.write("model", parameters=total, trainable_parameters=trainable)
 
     def _trainer(self) -> PackedTrainer:
-        trainer = PackedTrainer(
-            self.model, self.recipe, self.directory.checkpoints_path, self.data.train_rows, self.data.held_out_rows, callback=self.reporter
-        )
+        trainer = PackedTrainer(self.model, self.recipe, self.directory.checkpoints_path, self.data.train_rows, self.data.held_out_rows, callback=self.reporter)
         trainer.remove_callback(transformers.PrinterCallback)
         self.reporter.trainer = trainer
         return trainer
@@ -96,8 +94,11 @@ class Session:
         """Greedy answers to the first ``answer_held_out`` held-out chats against the true ones."""
         chats = self.data.held_out_chats[: self.recipe.answer_held_out]
         prompts = [prompt_ids(self.tokenizer, chat.prompt) for chat in chats]
-        given = answer(self.model, self.tokenizer, prompts, self.recipe.answer_tokens)
+        given = self._answer(prompts)
         return exact_match(given, [chat.answer for chat in chats])
+
+    def _answer(self, prompts: list[list[int]]) -> list[str]:
+        return answer(self.model, self.tokenizer, prompts, self.recipe.answer_tokens, self.recipe)
 
     def _sample(self, prompts: tuple[str, ...]) -> None:
         """Answers the prompts and writes each as an event."""
@@ -105,7 +106,7 @@ class Session:
             return
         ids = [prompt_ids(self.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
         step = self.reporter.trainer.state.global_step
-        for prompt, text in zip(prompts, answer(self.model, self.tokenizer, ids, self.recipe.answer_tokens), strict=True):
+        for prompt, text in zip(prompts, self._answer(ids), strict=True):
             self.events.write("sample", step=step, prompt=prompt, text=text)
 
     def _save(self) -> None:
@@ -122,4 +123,3 @@ class Session:
             "finished", step=trainer.state.global_step, seconds=round(time.perf_counter() - self.began, 3), tokens=state.tokens,
             tokens_per_second=state.tokens / sum(state.step_seconds) if state.step_seconds else None, peak_bytes=self.reporter.peak_bytes,
         )  # fmt: skip
-

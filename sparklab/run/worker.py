@@ -87,20 +87,20 @@ def _graceful(stop: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous: dict[int, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def once(number: int, _frame: FrameType | None) -> None:
         stop(f"received {signal.Signals(number).name}")
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        for waiting, handler in previous.items():
+            signal.signal(waiting, handler)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, once)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        previous[each] = signal.signal(each, once)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 if __name__ == "__main__":

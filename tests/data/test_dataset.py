@@ -15,7 +15,7 @@ from toy import chat_line, write_chats
 from sparklab.data import IGNORED, Document, Prepared, encode_chat, prepare, read_chats
 from sparklab.data.dataset import Row, make_row
 from sparklab.errors import DataError, DataNotFound
-from sparklab.plan.recipe import Recipe
+from sparklab.planner.recipe import Recipe
 
 
 def recipe(data: Path, **fields: Any) -> Recipe:

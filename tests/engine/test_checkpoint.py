@@ -28,9 +28,13 @@ def test_a_sealed_folder_has_no_faults_and_a_touched_one_names_the_file(tmp_path
 
 
 def test_an_error_while_writing_leaves_nothing(tmp_path):
-    with pytest.raises(OSError, match="full"), checkpoint.written_whole(tmp_path / "step-000001") as draft:
-        (draft / "weights").write_bytes(b"abc")
-        raise OSError(28, "disk full")
+    def write():
+        with checkpoint.written_whole(tmp_path / "step-000001") as draft:
+            (draft / "weights").write_bytes(b"abc")
+            raise OSError(28, "disk full")
+
+    with pytest.raises(OSError, match="full"):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -46,7 +46,9 @@ class Worker:
     def sample(self):
         text = ARABIC + (HOSTILE if self.options.hostile else "")
         self.say("sample", step=self.step, prompt="Greet the world in Arabic.", text=text)
-        self.say("sample", step=self.step, prompt="Three apples and a cup of tea, please.", text='{"apples": 3, "tea": 1}' if self.step > 100 else "apples, tea ...")
+        self.say(
+            "sample", step=self.step, prompt="Three apples and a cup of tea, please.", text='{"apples": 3, "tea": 1}' if self.step > 100 else "apples, tea ..."
+        )
 
     def memory(self):
         now = 3.1e9 + 2e8 * math.sin(self.step / 9)

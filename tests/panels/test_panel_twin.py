@@ -57,14 +57,36 @@ def test_pictures_hold_shapes_only(full_state):
 
 def test_it_says_what_the_live_panel_says(full_state):
     text = inspect(run_html(full_state, PLAN, "chat-1", "Qwen3-0.6B · lora")).text
-    for words in ("Failed", "chat-1", "Qwen3-0.6B · lora", "step 60 of 100", "best 0.400 at step 60", "1 NaN, first at step 7", "2 % → 94 %", "of 200 held-out answers",
-                  "planned peak 3.20 GiB", "measured peak 3.07 GiB", "usable 21.4 GiB", "base weights", "What to do:", ARABIC, "Samples", "Messages"):  # fmt: skip
+    for words in (
+        "Failed",
+        "chat-1",
+        "Qwen3-0.6B · lora",
+        "step 60 of 100",
+        "best 0.400 at step 60",
+        "1 NaN, first at step 7",
+        "2 % → 94 %",
+        "of 200 held-out answers",
+        "planned peak 3.20 GiB",
+        "measured peak 3.07 GiB",
+        "usable 21.4 GiB",
+        "base weights",
+        "What to do:",
+        ARABIC,
+        "Samples",
+        "Messages",
+    ):
         assert words in text, words
 
 
 @pytest.mark.parametrize(
     "state",
-    [state_of(), state_of(STARTED), state_of(STARTED, *steps(1)), state_of(STARTED, *steps(3, loss=lambda _: None)), state_of(STARTED, *steps(2, loss=lambda _: 0.0))],
+    [
+        state_of(),
+        state_of(STARTED),
+        state_of(STARTED, *steps(1)),
+        state_of(STARTED, *steps(3, loss=lambda _: None)),
+        state_of(STARTED, *steps(2, loss=lambda _: 0.0)),
+    ],
     ids=["empty", "started", "one step", "nothing but NaN", "flat"],
 )
 @pytest.mark.parametrize("plan", [PLAN, {}], ids=["planned", "unplanned"])

@@ -49,7 +49,9 @@ def test_a_run_tells_its_whole_story(small_recipe, tmp_path):
     (finished,) = events(run, "finished")
     assert finished["tokens"] == sum(event["tokens"] for event in steps)
     assert finished["peak_bytes"] > 2**27  # a process with torch in it
-    assert events(run, "model")[0]["trainable_parameters"] == sum(tensor.numel() for tensor in load_file(run.path / "adapter" / "adapter_model.safetensors").values())
+    assert events(run, "model")[0]["trainable_parameters"] == sum(
+        tensor.numel() for tensor in load_file(run.path / "adapter" / "adapter_model.safetensors").values()
+    )
     assert not any(file.suffix in {".bin", ".pt", ".pth", ".pkl"} for file in run.path.rglob("*"))
     with pytest.raises(RunError, match="finished"):
         run.resume(inline=True)
@@ -74,7 +76,9 @@ def test_the_adapter_is_plain_pefts(small_recipe, tmp_path):
     assert (after - before).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(("method", "stop_at", "changes"), [("lora", 2, {"dropout": 0.1}), ("lora", 9, {"micro_batches_per_update": 2}), ("full", 5, {}), ("qlora", 3, {})])
+@pytest.mark.parametrize(
+    ("method", "stop_at", "changes"), [("lora", 2, {"dropout": 0.1}), ("lora", 9, {"micro_batches_per_update": 2}), ("full", 5, {}), ("qlora", 3, {})]
+)
 def test_resume_is_exact(small_recipe, tmp_path, monkeypatch, method, stop_at, changes):
     """Stopped (in the first or second pass) and resumed, a run ends with the bits of one that was never stopped."""
     recipe = small_recipe(method, max_steps=10, epochs=20, eval_every=2, **changes)

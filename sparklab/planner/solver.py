@@ -8,11 +8,11 @@ from typing import Any, Final, overload
 from sparklab.box import Box
 from sparklab.errors import RecipeError
 from sparklab.model.anatomy import Anatomy
-from sparklab.plan.cost import cost
-from sparklab.plan.fixes import least_checkpointing
-from sparklab.plan.forecast import Plan, PlanTable
-from sparklab.plan.ledger import Ledger
-from sparklab.plan.recipe import METHODS, Method, Recipe
+from sparklab.planner.cost import cost
+from sparklab.planner.fixes import least_checkpointing
+from sparklab.planner.forecast import Plan, PlanTable
+from sparklab.planner.ledger import Ledger
+from sparklab.planner.recipe import METHODS, Method, Recipe
 from sparklab.units import format_count, is_na
 
 ROWS: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768)  # tokens per micro-batch to choose from

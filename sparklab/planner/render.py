@@ -9,9 +9,27 @@ from typing import TYPE_CHECKING, Final
 from sparklab.units import format_bytes, format_count, format_seconds, gib, is_na
 
 if TYPE_CHECKING:
-    from sparklab.plan.forecast import Line, Plan, PlanTable
+    from sparklab.planner.forecast import Line, Plan, PlanTable
 
-COLOURS: Final = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#76b7b2", "#e15759", "#9c755f", "#edc948", "#bab0ac", "#d37295")
+COLOURS: Final = {  # by component, the same in every bar
+    "weights": "#4e79a7",
+    "quantisation constants": "#a0cbe8",
+    "adapters": "#59a14f",
+    "gradients": "#8cd17d",
+    "optimizer": "#b6992d",
+    "checkpoints kept": "#f1ce63",
+    "activations kept": "#f28e2b",
+    "layer at work": "#e15759",
+    "dequantisation workspace": "#499894",
+    "key-value cache": "#86bcb6",
+    "loss tile": "#b07aa1",
+    "loss workspace": "#d4a6c8",
+    "all logits": "#b07aa1",
+    "copy to be written": "#d37295",
+    "allocator slack": "#9d7660",
+    "runtime": "#79706e",
+}
+OTHER: Final = "#bab0ac"
 CELL: Final = "text-align:left;padding:2px 14px 2px 0;border:0;background:none;color:inherit"
 
 
@@ -93,7 +111,7 @@ def plan_text(plan: Plan) -> str:
 def plan_html(plan: Plan) -> str:
     """One plan for a notebook: stacked bar against the usable line, then the lines with their formulas."""
     ordered = sorted(plan.peak_lines, key=lambda line: -line.bytes)
-    rows = [(_swatch(index), line.name, size(line.bytes), line.formula) for index, line in enumerate(ordered)]
+    rows = [(_swatch(line.name), line.name, size(line.bytes), line.formula) for line in ordered]
     text = f"{size(plan.peak_bytes)} at the peak ({plan.peak_phase}: {plan.peak_moment}), {verdict(plan)}; {settings(plan)}"
     speed = f"{span(plan.tokens_per_second)} tokens/s, {duration(plan.hours)}, {span(plan.watt_hours, ' Wh')}"
     table = _html_table(("", "line", "bytes", "how"), rows, raw_first=True)
@@ -116,8 +134,8 @@ def _bar(plan: Plan, lines: list[Line]) -> str:
     whole = max(plan.peak_bytes, 0.0 if is_na(plan.usable_bytes) else plan.usable_bytes) * 1.02 or 1.0
     pieces = "".join(
         f'<div title="{html.escape(f"{line.name}: {size(line.bytes)}", quote=True)}" '
-        f'style="width:{100 * line.bytes / whole:.3f}%;height:100%;background:{COLOURS[index % len(COLOURS)]}"></div>'
-        for index, line in enumerate(lines)
+        f'style="width:{100 * line.bytes / whole:.3f}%;height:100%;background:{COLOURS.get(line.name, OTHER)}"></div>'
+        for line in lines
     )
     mark = "" if is_na(plan.usable_bytes) else (
         f'<div title="usable: {html.escape(size(plan.usable_bytes), quote=True)}" style="position:absolute;left:{100 * plan.usable_bytes / whole:.3f}%;'
@@ -126,8 +144,8 @@ def _bar(plan: Plan, lines: list[Line]) -> str:
     return f'<div style="position:relative;display:flex;height:16px;max-width:48em;margin:6px 0;background:rgba(128,128,128,0.18)">{pieces}{mark}</div>'
 
 
-def _swatch(index: int) -> str:
-    return f'<span style="display:inline-block;width:10px;height:10px;background:{COLOURS[index % len(COLOURS)]}"></span>'
+def _swatch(name: str) -> str:
+    return f'<span style="display:inline-block;width:10px;height:10px;background:{COLOURS.get(name, OTHER)}"></span>'
 
 
 def _html_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], raw_first: bool = False) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sparklab.plan.ledger import Ledger
-from sparklab.plan.recipe import Recipe
+from sparklab.planner.ledger import Ledger
+from sparklab.planner.recipe import Recipe
 from sparklab.units import gib
 
 LEAST_TOKENS: Final = 128

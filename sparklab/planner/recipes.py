@@ -11,8 +11,8 @@ from typing import Any
 
 from sparklab.box import Box
 from sparklab.model.anatomy import Anatomy
-from sparklab.plan.recipe import Method, Recipe
-from sparklab.plan.solver import solve
+from sparklab.planner.recipe import Method, Recipe
+from sparklab.planner.solver import solve
 
 
 def full(model: str | Path, data: str | Path, *, box: Box | None = None, **changes: Any) -> Recipe:

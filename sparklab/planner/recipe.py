@@ -194,6 +194,13 @@ def _faults(recipe: Recipe) -> list[str]:
         faults.append(f"weight_decay is {recipe.weight_decay!r}; it must be 0 or more")
     if not (isinstance(recipe.betas, tuple) and len(recipe.betas) == 2 and all(_is_number(beta) and 0 <= beta < 1 for beta in recipe.betas)):
         faults.append(f"betas is {recipe.betas!r}; it must be two numbers from 0 up to 1")
+    faults.extend(_faults_between_fields(recipe))
+    return faults
+
+
+def _faults_between_fields(recipe: Recipe) -> list[str]:
+    """Faults of fields with a form of their own, or that only show beside another."""
+    faults = []
     layers = recipe.checkpoint_layers
     if layers not in ("all", "none") and (not _is_int(layers) or int(layers) < 0):
         faults.append(f"checkpoint_layers is {layers!r}; it must be 'all', 'none' or a whole number of at least 0")
@@ -201,7 +208,6 @@ def _faults(recipe: Recipe) -> list[str]:
         faults.append(f"held_out is {recipe.held_out!r}; it must be a share from 0 up to 1, or a JSONL file")
     if isinstance(recipe.max_length, int) and isinstance(recipe.micro_batch_tokens, int) and recipe.max_length > recipe.micro_batch_tokens:
         faults.append(f"max_length ({recipe.max_length}) is longer than a packed row (micro_batch_tokens {recipe.micro_batch_tokens})")
-    for name in ("model", "data"):
-        if not isinstance(getattr(recipe, name), str) or not getattr(recipe, name):
-            faults.append(f"{name} is {getattr(recipe, name)!r}; it must be a path or a name")
+    nameless = [name for name in ("model", "data") if not isinstance(getattr(recipe, name), str) or not getattr(recipe, name)]
+    faults.extend(f"{name} is {getattr(recipe, name)!r}; it must be a path or a name" for name in nameless)
     return faults

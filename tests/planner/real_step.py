@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sparklab.engine import attention
 from sparklab.engine.loss import chunked_cross_entropy, full_cross_entropy
 from sparklab.model.load import causal_lm, set_checkpointing
-from sparklab.plan.recipe import Recipe
+from sparklab.planner.recipe import Recipe
 
 
 def measured_peak(config: dict[str, Any], recipe: Recipe, documents: int) -> int:

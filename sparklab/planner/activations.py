@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from sparklab.model.anatomy import Activation, Attention, Linear, Norm, Part, Product, Residual, Rotary
-from sparklab.plan.tape import Tape
+from sparklab.planner.tape import Tape
 
 Backward = Callable[[Tape], None]
 

@@ -10,11 +10,11 @@ from typing import Any
 from sparklab.box import Box
 from sparklab.errors import DoesNotFit
 from sparklab.model.anatomy import Anatomy
-from sparklab.plan import render
-from sparklab.plan.cost import Cost, Range, cost, tokens_per_second
-from sparklab.plan.fixes import Fix, find_fixes
-from sparklab.plan.ledger import Ledger
-from sparklab.plan.recipe import Recipe
+from sparklab.planner import render
+from sparklab.planner.cost import Cost, Range, cost, tokens_per_second
+from sparklab.planner.fixes import Fix, find_fixes
+from sparklab.planner.ledger import Ledger
+from sparklab.planner.recipe import Recipe
 from sparklab.units import gib, is_na, jsonable
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sparklab.box import Box
-from sparklab.plan.ledger import Ledger
+from sparklab.planner.ledger import Ledger
 from sparklab.units import NA, is_na
 
 # GPU: plain loops reach about 0.4 of the peak (published: 0.50 to 0.64 on an A100 with recomputation counted and tuned kernels).

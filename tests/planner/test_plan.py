@@ -15,10 +15,10 @@ import pytest
 from sparklab.box import Box
 from sparklab.errors import DoesNotFit, ModelError, ModelNotFound, RecipeError
 from sparklab.model.anatomy import Anatomy, from_config
-from sparklab.plan import Plan, PlanTable, Recipe, plan, recipes
-from sparklab.plan.activations import Engine, layer_bytes
-from sparklab.plan.ledger import PHASES, Ledger, answers_at_once
-from sparklab.plan.tape import Tape
+from sparklab.planner import Plan, PlanTable, Recipe, plan, recipes
+from sparklab.planner.activations import Engine, layer_bytes
+from sparklab.planner.ledger import PHASES, Ledger, answers_at_once
+from sparklab.planner.tape import Tape
 from sparklab.units import GIB, NA, is_na
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -388,7 +388,7 @@ def test_the_tape_counts_every_storage_once() -> None:
 
 
 def test_nothing_is_left_held_after_a_backward_pass() -> None:
-    from sparklab.plan import activations
+    from sparklab.planner import activations
 
     parts = from_config({**TOY, "model_type": "qwen3", "head_dim": 16}, "toy").blocks[0].parts
     names = frozenset({"q_proj", "o_proj", "down_proj"})
@@ -407,7 +407,7 @@ def test_nothing_is_left_held_after_a_backward_pass() -> None:
 
 def test_planning_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from sparklab.plan import plan, recipes; from sparklab.box import Box; str(plan(sys.argv[1], box=Box.profile('dgx-spark')));"
+        "import sys; from sparklab.planner import plan, recipes; from sparklab.box import Box; str(plan(sys.argv[1], box=Box.profile('dgx-spark')));"
         "print(sorted({'torch', 'numpy', 'transformers', 'huggingface_hub', 'pydantic', 'asyncio'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, LLAMA_8B], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sparklab.errors import RecipeError
-from sparklab.plan.recipe import METHODS, Recipe
+from sparklab.planner.recipe import METHODS, Recipe
 
 LEAST: dict[str, Any] = {"model": "tiny", "data": "chats.jsonl"}
 

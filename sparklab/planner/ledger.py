@@ -14,8 +14,8 @@ from typing import Final
 from sparklab.box import Box
 from sparklab.errors import RecipeError
 from sparklab.model.anatomy import DTYPE_BYTES, Anatomy, Linear, LinearGroup, Norm, Part, Residual
-from sparklab.plan.activations import Engine, LayerBytes, layer_bytes
-from sparklab.plan.recipe import Recipe
+from sparklab.planner.activations import Engine, LayerBytes, layer_bytes
+from sparklab.planner.recipe import Recipe
 from sparklab.units import GIB, MIB
 
 CHUNK_TOKENS: Final = 1024  # tokens whose logits the chunked loss makes at once
