@@ -22,7 +22,8 @@ FLOORS = [
     ["sparklab.results"],
     ["sparklab.panels"],
     ["sparklab.api"],
-    ["sparklab.cli", "sparklab.__main__"],
+    ["sparklab.cli"],
+    ["sparklab.__main__"],
 ]
 
 # What the worker loads, and nobody else.

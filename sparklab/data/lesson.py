@@ -17,13 +17,14 @@ HELD_OUT = 200
 LEARNING_RATES: dict[str, float] = {"full": 1e-3, "lora": 4e-3, "qlora": 4e-3}
 
 
-def lesson(method: Method | str, seed: int, folder: Path) -> Recipe:
+def lesson(method: Method | str, seed: int, folder: str | Path) -> Recipe:
     """Writes ``train`` and ``held_out`` JSONL files (the same for the same seed) into ``folder`` and returns the recipe that learns them.
 
     Raises RecipeError on an unknown method.
     """
     if method not in METHODS:
         raise RecipeError(f"method is {method!r}", f"choose one of {', '.join(METHODS)}")
+    folder = Path(folder)
     train = _write(folder / f"orders-train-{seed}.jsonl", orders("train", EXAMPLES, seed))
     held_out = _write(folder / "orders-held-out.jsonl", orders("held_out", HELD_OUT, 0))
     return Recipe(
