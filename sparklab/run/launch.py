@@ -83,8 +83,13 @@ def raise_failure(directory: RunDirectory, state: RunState) -> None:
 
 
 def worker_environment(recipe: Recipe) -> dict[str, str]:
-    """This process's environment; a model that lies on disk needs no hub, so the worker is kept off the network."""
+    """This process's environment, less the network where the model lies on disk, and less one core for whoever looks on.
+
+    torch's threads wait for each other by spinning: where another process takes one of their cores (a browser that draws the panel), every
+    step waits for the scheduler. benchmarks/LOG.md has the figures.
+    """
     environment = dict(os.environ, TOKENIZERS_PARALLELISM="true", PYTHONUNBUFFERED="1")
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
     if Path(check_trainable(recipe.model)).is_dir():
         environment.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     return environment
