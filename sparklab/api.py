@@ -51,8 +51,8 @@ def train(recipe: Recipe, path: str | os.PathLike[str] | None = None, *, inline:
         launch.run_inline(directory)
     else:
         launch.start(directory)
-    if panel:
-        run.panel(quiet=True)
+    if panel and not inline:
+        run._look(starting=True)
     return run
 
 
@@ -132,8 +132,8 @@ class Run:
             launch.run_inline(self.directory)
         else:
             launch.start(self.directory)
-        if panel:
-            self.panel(quiet=True)
+        if panel and not inline:
+            self._look(starting=True)
         return self
 
     def wait(self, timeout_seconds: float | None = None) -> Run:
@@ -154,14 +154,19 @@ class Run:
 
     # looking
 
-    def panel(self, *, quiet: bool = False) -> Any:
-        """The live panel, in a notebook; elsewhere a summary is printed (nothing where ``quiet``)."""
-        from sparklab.panels.run_panel import show  # noqa: PLC0415 - widgets only where somebody looks
-        from sparklab.panels.terminal import summary  # noqa: PLC0415
+    def panel(self) -> None:
+        """The live panel, in a notebook, or the picture of a run that is over; elsewhere a summary is printed."""
+        from sparklab.panels.terminal import summary  # noqa: PLC0415 - panels only where somebody looks
 
-        self._panel = show(self.directory)
-        if self._panel is None and not quiet:
+        if not self._look():
             print(summary(self.state, self.directory.plan))  # noqa: T201 - what the user asked for
+
+    def _look(self, starting: bool = False) -> bool:
+        """Shows the panel where there is a notebook to show it in; ``starting``: a worker is on its way."""
+        from sparklab.panels.run_panel import show  # noqa: PLC0415
+
+        self._panel = show(self.directory, starting=starting)
+        return self._panel is not None
 
     def compare(self, prompts: Sequence[str], max_new_tokens: int | None = None) -> Comparison:
         """Base and tuned, side by side, on the same prompts (greedy), in a process of its own."""

@@ -1,22 +1,9 @@
 """What many tests share: a lesson of a few records on the bundled model, small enough for seconds."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from support import write_chats
 
 from sparklab.data.lesson import lesson
-from sparklab.data.world import orders
-
-ROOT = Path(__file__).parent.parent
-
-
-def write_chats(path, count=64, split="train", seed=0):
-    """A JSONL file of ``count`` orders and their JSON."""
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in orders(split, count, seed)), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -37,8 +24,3 @@ def small_recipe(tmp_path):
         return base.replace(**{**settings, "sample_prompts": (), **changes})
 
     return make
-
-
-def run_cli(*arguments, cwd=None, timeout=300):
-    """``sparklab ARGUMENTS`` as a user types it, in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "sparklab", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False)

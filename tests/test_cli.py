@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, run_cli, write_chats
+from support import ROOT, run_cli, write_chats
 
 from sparklab.model.anatomy import TINY_PATH
 

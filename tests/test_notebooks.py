@@ -5,7 +5,7 @@ import sys
 import jupytext
 import nbformat
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 sys.path.insert(0, str(ROOT / "notebooks"))
 import build

@@ -7,9 +7,9 @@ import tomllib
 import zipfile
 
 import pytest
-from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
+from support import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#"))

@@ -4,7 +4,7 @@ import runpy
 import time
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 import sparklab as sl
 from sparklab.data.lesson import lesson

@@ -89,10 +89,15 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
     step waits for the scheduler. benchmarks/LOG.md has the figures.
     """
     environment = dict(os.environ, TOKENIZERS_PARALLELISM="true", PYTHONUNBUFFERED="1")
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() - 1)))
     if Path(check_trainable(recipe.model)).is_dir():
         environment.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     return environment
+
+
+def _cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Worker:
         self.n, self.stopping, self.paused, self.step = options.first_event, False, False, options.start
 
     def say(self, event, **fields):
-        self.file.write(json.dumps({"event": event, "n": self.n, "time": round(time.time(), 3), **fields}) + "\n")
+        self.file.write(json.dumps({"event": event, "seq": self.n, "time": round(time.time(), 3), **fields}) + "\n")
         self.file.flush()
         self.n += 1
 

@@ -9,7 +9,7 @@ import warnings
 
 import nbformat
 import pytest
-from conftest import STARTED, make_directory, start_worker, steps, write
+from scenes import STARTED, make_directory, start_worker, steps, write
 
 from sparklab.panels import run_panel
 from sparklab.panels.watch import Watch

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ARABIC, HOSTILE, PLAN, STARTED, state_of, steps
+from scenes import ARABIC, HOSTILE, PLAN, STARTED, state_of, steps
 
 from sparklab.panels import facts, parts
 from sparklab.panels.compare import comparison_html, comparison_text

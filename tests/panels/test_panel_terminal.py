@@ -4,7 +4,7 @@ import io
 import re
 
 import pytest
-from conftest import HOSTILE, PLAN, STARTED, start_worker, state_of, steps, write
+from scenes import HOSTILE, PLAN, STARTED, start_worker, state_of, steps, write
 
 from sparklab.panels.terminal import ProgressLine, follow, progress, summary
 

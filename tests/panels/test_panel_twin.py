@@ -5,7 +5,7 @@ import html.parser
 import re
 
 import pytest
-from conftest import ARABIC, HOSTILE, PLAN, STARTED, state_of, steps
+from scenes import ARABIC, HOSTILE, PLAN, STARTED, state_of, steps
 
 from sparklab.panels.twin import run_html
 

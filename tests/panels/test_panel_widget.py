@@ -3,7 +3,7 @@
 import array
 
 import pytest
-from conftest import HOSTILE, PLAN, STARTED, state_of, steps
+from scenes import HOSTILE, PLAN, STARTED, state_of, steps
 
 from sparklab.run.events import Event
 
