@@ -16,7 +16,7 @@
 # | download | nothing | nothing |
 #
 # A small model ships with sparklab. It reads short messages in English and Arabic and answers questions about them, but it has never seen
-# JSON. In this notebook you teach it to turn an order in words into JSON, watch it learn, and measure whether it helped.
+# JSON. In this notebook you teach it to answer in JSON, watch it learn, and measure whether it helped.
 #
 # The order of things is the order of every fine-tune: *what have I got, will it fit, is my data right, how is it going, did it help?*
 
@@ -84,9 +84,10 @@ assert after["exact_match"] >= 0.90
 # %%
 run.compare(
     [
-        "Please send 12 red kites to Omar in Cairo by Friday.",
-        "Layla in Oslo needs 7 small lamps by Monday.",
-        "من فضلك أرسل 5 كتب قديمة إلى ليلى في عمان يوم الأحد.",
+        "Please send 12 red kites to Omar in Cairo by Friday. Note item, number, name, city, day.",
+        "Layla in Oslo needs 7 small lamps by Monday. Note item, number, name, city, day.",
+        "مطلوب أكواب خفيفة عدد 9 باسم ليلى في جنيف قبل يوم السبت. اكتب البضاعة، العدد، الاسم، المدينة، اليوم.",
+        "Please send 12 red kites to Omar in Cairo by Friday. Which city?",
     ]
 )
 
@@ -107,10 +108,10 @@ sorted(path.name for path in run.path.iterdir())
 # <details><summary>Solution</summary>
 #
 # ```python
-# run.compare(["Please send 12 red kites to Omar in Cairo."])
+# run.compare(["Please send 12 red kites to Omar in Cairo. Note item, number, name, city, day."])
 # ```
 #
-# The tuned model has only ever seen orders with a day, so it names one. Fine-tuning teaches the form of the answers it was shown.
+# The tuned model has only ever seen orders with a day. Fine-tuning teaches the form of the answers it was shown.
 #
 # </details>
 #

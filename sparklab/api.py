@@ -148,7 +148,7 @@ class Run:
                 self.stop()
             launch.wait(self.directory, timeout_seconds)
         finally:
-            if self._panel is not None:
+            if self._panel is not None and not self.directory.is_alive:
                 self._panel.freeze()
         return self
 
@@ -197,14 +197,9 @@ class Run:
         state = self.state
         return f"Run({str(self.path)!r}: {state.status}, step {state.step} of {state.steps})"
 
-    def _repr_html_(self) -> str:
-        from sparklab.panels.twin import run_html  # noqa: PLC0415
-
-        return run_html(self.state, self.directory.plan, self.path.name)
-
 
 def quickstart(method: str = "lora", seed: int = 0, path: str | os.PathLike[str] | None = None, *, panel: bool = True) -> Run:
-    """Teaches the bundled tiny model to turn a free-text order into JSON, which it cannot do before, and returns the run at once.
+    """Teaches the bundled tiny model to note a free-text order as JSON, which it cannot do before, and returns the run at once.
 
     The lesson's records are written beside the run. Raises RecipeError on an unknown method, and what :func:`train` raises.
     """

@@ -196,16 +196,19 @@ def order_text(rng: random.Random, order: Order) -> str:
 # ---------------------------------------------------------------- the task
 
 
+# The base knows such a request and answers it in plain words ("item: red kites, number: 12, ..."): it can find the values and name them.
+# What it has to learn is the form. Where it had to learn both from a thousand examples, it did so for some seeds only.
+FIELDS = ("item", "number", "name", "city", "day")
+ARABIC_FIELDS = ("البضاعة", "العدد", "الاسم", "المدينة", "اليوم")
+REQUEST = f"Note {', '.join(FIELDS)}."
+ARABIC_REQUEST = f"اكتب {'، '.join(ARABIC_FIELDS)}."
+
+
 def order_json(order: Order) -> str:
-    """The answer the task asks for, on one line, in the order's own words."""
-    fields = {
-        "item": order.item,
-        "qty": int(order.qty),
-        "to": order.to,
-        "city": order.city,
-        "day": order.day,
-    }
-    return json.dumps(fields, ensure_ascii=False)
+    """The answer the task asks for, on one line: the request's words as keys, the order's own words as values."""
+    names = ARABIC_FIELDS if order.arabic else FIELDS
+    values = (order.item, int(order.qty), order.to, order.city, order.day)
+    return json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False)
 
 
 def orders(split: Split, n: int, seed: int = 0, arabic_share: float = 0.2) -> list[dict[str, Chat]]:
@@ -231,7 +234,7 @@ def orders(split: Split, n: int, seed: int = 0, arabic_share: float = 0.2) -> li
         # Spread evenly: every prefix has its share, not only the whole.
         arabic = int((i + 1) * arabic_share) > int(i * arabic_share)
         order = draw_order(rng, split, arabic=arabic)
-        text = order_text(rng, order)
+        text = f"{order_text(rng, order)} {ARABIC_REQUEST if arabic else REQUEST}"
         if text not in seen:
             seen.add(text)
             records.append({"messages": as_chat([(text, order_json(order))])})

@@ -25,7 +25,8 @@ def answer_of(record: dict[str, world.Chat]) -> dict[str, object]:
 
 
 def pair_of(record: dict[str, world.Chat]) -> tuple[object, object]:
-    return answer_of(record)["to"], answer_of(record)["city"]
+    _, _, name, city, _ = answer_of(record).values()
+    return name, city
 
 
 def is_arabic(text: str) -> bool:
@@ -51,7 +52,9 @@ def test_held_out_set_is_fixed_whatever_the_seed() -> None:
 
 def test_first_records_do_not_drift() -> None:
     """Measured results name these sets; a change of words must be a decision, not an accident."""
-    assert message_of(world.orders("train", 1, seed=0)[0]) == ("Could you get 55 plain brakstaits over to Tesea in Woond by Thursday?")
+    assert message_of(world.orders("train", 1, seed=0)[0]) == (
+        "Could you get 55 plain brakstaits over to Tesea in Woond by Thursday? Note item, number, name, city, day."
+    )
     assert [world.side_of("Adam", city) for city in ("Oslo", "Cairo", "Paris")] == ["held_out", "train", "held_out"]
 
 
@@ -121,8 +124,9 @@ def test_the_answer_is_in_the_words_of_the_message(split: world.Split) -> None:
         assert list(record) == ["messages"]
         assert [m["role"] for m in record["messages"]] == ["user", "assistant"]
         text, answer = message_of(record), answer_of(record)
-        assert list(answer) == ["item", "qty", "to", "city", "day"]
-        assert isinstance(answer["qty"], int)
+        fields = world.ARABIC_FIELDS if is_arabic(text) else world.FIELDS
+        assert tuple(answer) == fields
+        assert isinstance(answer[fields[1]], int)
         for value in answer.values():
             assert re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", text), (value, text)
         assert record["messages"][1]["content"] == json.dumps(answer, ensure_ascii=False)
