@@ -186,11 +186,12 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 
 def _quickstart_words(result: dict[str, Any]) -> str:
+    question = "Ship 12 red kites to Cairo for Omar, due Friday. Note item, number, name, city, day."
     return (
-        f"\nIt helped: {result['exact_match_before']:.1%} of {result['held_out']} unseen orders were turned into the right JSON before, "
+        f"\nIt helped: {result['exact_match_before']:.1%} of {result['held_out']} unseen orders became the right JSON before, "
         f"{result['exact_match_after']:.1%} after.\n{result['method']}, {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} non-pad tokens/s; "
         f"memory planned {result['planned_gib']:.2f} GiB, measured {result['measured_gib']:.2f} GiB.\n"
-        f"Look again: sparklab watch {result['run']}\nAsk it:     sparklab compare {result['run']} 'Ship 12 red kites to Cairo for Omar, due Friday. Note item, number, name, city, day.'"
+        f"Look again: sparklab watch {result['run']}\nAsk it:     sparklab compare {result['run']} '{question}'"
     )
 
 
