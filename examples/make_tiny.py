@@ -3,7 +3,7 @@
     python examples/make_tiny.py --out DIR [--steps N] [--seed S]
 
 The text it reads is the little world of ``sparklab.data.world``: generated, seen once, no JSON
-in it. The defaults take well under an hour on two ordinary CPU cores. The same seed on the same
+in it. The defaults take three quarters of an hour on two CPU cores without AMX. The same seed on the same
 machine with the same libraries gives the same weights; on another machine expect the same
 quality, not the same bits (the order of floating-point sums differs).
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from support import ROOT, run_cli, write_chats
@@ -33,7 +34,7 @@ def fresh(folder):
 BAD = [
     (["train", "tiny", "nowhere.jsonl"], "DataNotFound", "nowhere.jsonl"),
     (["train", "tiny", "empty.jsonl"], "DataError", "empty"),
-    (["train", "tiny", "broken.jsonl"], "DataError", "line 2"),
+    (["train", "tiny", "broken.jsonl"], "DataError", "broken.jsonl:2"),
     (["train", "tiny", "strange.jsonl"], "DataError", "messages"),
     (["train", "tiny", "."], "DataError", "directory"),
     (["train", "./no-model", "good.jsonl"], "ModelNotFound", "no-model"),
@@ -72,7 +73,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(small_recipe, tmp_pat
     import sparklab as sl
     from sparklab.errors import DiskFull
 
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: (100, 100, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=100, used=100, free=0))
     recipe = small_recipe()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DiskFull, match="0 B are free"):
@@ -106,6 +107,6 @@ def test_plan_answers_for_a_config_alone(model):
 
 def test_box_and_help(tmp_path):
     assert json.loads(run_cli("box", "--json", cwd=tmp_path).stdout)["memory_bytes"] > 2**30
-    assert "unified" in run_cli("box", "dgx-spark", cwd=tmp_path).stdout.lower()
+    assert "NVIDIA GB10" in run_cli("box", "dgx-spark", cwd=tmp_path).stdout
     text = run_cli("train", "--help", cwd=tmp_path).stdout
     assert "Peak learning rate." in text  # the sentence under the recipe's field

@@ -197,7 +197,7 @@ def order_text(rng: random.Random, order: Order) -> str:
 
 
 # The base knows such a request and answers it in plain words ("item: red kites, number: 12, ..."): it can find the values and name them.
-# What it has to learn is the form. Where it had to learn both from a thousand examples, it did so for some seeds only.
+# What it has to learn is the form.
 FIELDS = ("item", "number", "name", "city", "day")
 ARABIC_FIELDS = ("البضاعة", "العدد", "الاسم", "المدينة", "اليوم")
 REQUEST = f"Note {', '.join(FIELDS)}."
@@ -206,9 +206,8 @@ ARABIC_REQUEST = f"اكتب {'، '.join(ARABIC_FIELDS)}."
 
 def order_json(order: Order) -> str:
     """The answer the task asks for, on one line: the request's words as keys, the order's own words as values."""
-    names = ARABIC_FIELDS if order.arabic else FIELDS
     values = (order.item, int(order.qty), order.to, order.city, order.day)
-    return json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False)
+    return json.dumps(dict(zip(ARABIC_FIELDS if order.arabic else FIELDS, values, strict=True)), ensure_ascii=False)
 
 
 def orders(split: Split, n: int, seed: int = 0, arabic_share: float = 0.2) -> list[dict[str, Chat]]:

@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sparklab.errors import RunError
 from sparklab.units import jsonable
 
 Event = dict[str, Any]
@@ -46,7 +47,11 @@ class EventWriter:
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 - closed by close(), lives as long as the worker
-        self._next = self._mend()
+        try:
+            self._next = self._mend()
+        except BaseException:
+            self._file.close()
+            raise
 
     def _mend(self) -> int:
         """Cuts a torn last line off; returns the number of the next event."""
@@ -56,7 +61,10 @@ class EventWriter:
         if end != len(content):
             self._file.truncate(end)
         lines = content[:end].splitlines()
-        return int(json.loads(lines[-1])["seq"]) + 1 if lines else 0
+        try:
+            return int(json.loads(lines[-1])["seq"]) + 1 if lines else 0
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self._file.name} is damaged: its last line is not an event", "start the run anew in another directory") from error
 
     def write(self, event: str, **fields: Any) -> Event:
         """Writes one event and returns it. OSError (a full disk) reaches the caller."""

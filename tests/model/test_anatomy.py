@@ -14,7 +14,7 @@ from sparklab.errors import ModelError, ModelNotFound
 from sparklab.model import anatomy as module
 from sparklab.model.anatomy import FAMILIES, Anatomy, from_config
 
-CONFIGS = Path(__file__).parents[1] / "plan" / "configs"
+CONFIGS = Path(__file__).parents[1] / "planner" / "configs"
 SMALL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 300, "max_position_embeddings": 128, "tie_word_embeddings": False,

@@ -135,7 +135,7 @@ def test_a_reader_waits_for_the_end_of_a_line(tmp_path):
     path = tmp_path / "events.jsonl"
     reader = EventReader(path)
     assert list(reader.read_new()) == []
-    path.write_text('{"event":"warning","n":0,"ti')
+    path.write_text('{"event":"warning","seq":0,"ti')
     assert list(reader.read_new()) == []
     with open(path, "a") as file:
         file.write('me":1,"message":"m"}\n{"event":"wa')
@@ -145,9 +145,9 @@ def test_a_reader_waits_for_the_end_of_a_line(tmp_path):
 
 def test_a_writer_cuts_a_torn_line_off_and_counts_on(tmp_path):
     path = tmp_path / "events.jsonl"
-    path.write_text('{"event":"warning","n":6,"time":1,"message":"m"}\n{"event":"step","n":7,"lo')
+    path.write_text('{"event":"warning","seq":6,"time":1,"message":"m"}\n{"event":"step","seq":7,"lo')
     with EventWriter(path) as writer:
-        assert writer.write("warning", message="next")["n"] == 7
+        assert writer.write("warning", message="next")["seq"] == 7
     assert [event["seq"] for event in EventReader(path).read_new()] == [6, 7]
 
 
