@@ -55,9 +55,9 @@ def test_a_life_of_a_panel(playground):
     lab.page.click("button[data-command=sample]")
     lab.until("document.body.textContent.includes('مرحبا بالعالم')")
     lab.page.click("button[data-command=pause]")
-    lab.until("$('[data-status]').dataset.status === 'paused'")
+    lab.until("$('[data-rows]').dataset.status === 'paused'")
     lab.page.click("button[data-command=resume]")
-    lab.until("$('[data-status]').dataset.status === 'running'")
+    lab.until("$('[data-rows]').dataset.status === 'running'")
     shot(lab, "lab-running")
 
     lab.command("docmanager:save")
