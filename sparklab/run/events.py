@@ -117,7 +117,7 @@ class EventReader:
                 record = json.loads(line)
                 if not isinstance(record, dict) or record.get("event") not in KINDS:
                     raise ValueError("not an event")
-            except (ValueError, RecursionError):
+            except (ValueError, TypeError, RecursionError):
                 self.bad_lines += 1
                 continue
             yield record

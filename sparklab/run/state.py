@@ -15,7 +15,12 @@ Status = Literal["starting", "running", "paused", "stopped", "failed", "finished
 
 def _number(value: Any) -> float:
     """A figure from a file nobody vouches for: anything that is not a finite number is NA."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else NA
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return NA
+    try:
+        return float(value) if math.isfinite(value) else NA
+    except OverflowError:  # an integer no float can hold
+        return NA
 
 
 @dataclass
