@@ -71,17 +71,30 @@ def head(state: RunState) -> dict[str, Any]:
         "epoch": figure(state.epoch, lambda value: f"{value:.2f}") if state.loss_steps else DASH,
         "eta": figure(state.eta_seconds, format_seconds) if not state.is_over else "",
         "elapsed": figure(elapsed, format_seconds),
-        "elapsed_seconds": None if is_na(elapsed) or math.isinf(elapsed) else round(elapsed, 1),
+        "times": _times(state, clean(step, 60)),
         "device": one_line(state.device, 40),
         "reason": clean(state.reason, 1500),
         "fix": clean(state.fix, 800),
     }
 
 
+def _times(state: RunState, step: str) -> str:
+    """Step, epoch, time spent and time left in one line; what is not known yet is left out."""
+    spent, left = state.elapsed_seconds, NA if state.is_over else state.eta_seconds
+    known = [step]
+    if state.loss_steps and not is_na(state.epoch):
+        known.append(f"epoch {state.epoch:.2f}")
+    if not is_na(spent):
+        known.append(f"{format_seconds(spent)} {'in all' if state.is_over else 'so far'}")
+    if not is_na(left):
+        known.append(f"{format_seconds(left)} left")
+    return " · ".join(known)
+
+
 def figures(state: RunState) -> dict[str, str]:
     """The single numbers beside the curves."""
     return {
-        "loss": figure(_last(state.losses), lambda value: f"{value:.3f}"),
+        "loss": "NaN" if state.losses and is_na(state.losses[-1]) else figure(_last(state.losses), lambda value: f"{value:.3f}"),
         "held_out": figure(state.evals[-1]["loss"] if state.evals else NA, lambda value: f"{value:.3f}"),
         "tokens_per_second": figure(state.tokens_per_second, lambda value: f"{value:,.0f}"),
         "learning_rate": figure(_last(state.learning_rates), _scientific),
@@ -146,9 +159,10 @@ def memory(state: RunState, plan: dict[str, Any]) -> dict[str, Any]:
 
 def memory_figures(view: dict[str, Any]) -> str:
     """The figures beside the memory bar; an arrow where the usable line lies beyond the scale."""
+    named = (("planned peak", "planned"), ("measured peak", "peak"), ("now", "now"), ("usable", "usable"))
+    known = [f"{name} {size(view[key])}" for name, key in named if view[key] is not None]
     beyond = " →" if view["line"] is None and view["usable"] is not None else ""
-    now = f" · now {size(view['now'])}" if view["now"] is not None else ""
-    return f"planned peak {size(view['planned'])} · measured peak {size(view['peak'])}{now} · usable {size(view['usable'])}{beyond}"
+    return " · ".join(known) + beyond if known else "no plan, nothing measured yet"
 
 
 def memory_words(view: dict[str, Any]) -> str:

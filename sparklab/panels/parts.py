@@ -71,28 +71,36 @@ def swatch(colour: str, *, hollow: bool = False) -> str:
 
 
 def smooth(values: Sequence[float], beta: float) -> list[float]:
-    """Exponential mean over both sides, weights falling by ``beta`` a step: no lag behind a falling curve, no bias at its ends, NaN weighs nothing.
+    """The line that best fits the neighbours of each value, their weights falling by ``beta`` a step to both sides.
 
-    >>> smooth([3.0, 3.0, math.nan, 3.0], 0.9)
-    [3.0, 3.0, 3.0, 3.0]
+    A plain running mean lags behind a falling loss and is wrong at both ends; a local line is neither, so the newest value can be read off.
+    A value that is not finite weighs nothing and has no smoothed one.
+
+    >>> [round(value, 9) for value in smooth([3.0, 2.0, 1.0, 0.0], 0.9)]
+    [3.0, 2.0, 1.0, 0.0]
     """
-    before, after = _one_sided(values, beta), _one_sided(values[::-1], beta)[::-1]
     smoothed = []
-    for value, (left, left_weight), (right, right_weight) in zip(values, before, after, strict=True):
-        own = math.isfinite(value)  # counted by both sides
-        weight = left_weight + right_weight - own
-        smoothed.append((left + right - (value if own else 0.0)) / weight if weight > 0 else math.nan)
+    before, after = _moments(values, beta), _moments(values[::-1], beta)[::-1]
+    for value, (left0, left1, left2, left_y, left_xy), (right0, right1, right2, right_y, right_xy) in zip(values, before, after, strict=True):
+        if not math.isfinite(value):
+            smoothed.append(math.nan)
+            continue
+        s0, s1, s2 = left0 + right0 - 1, right1 - left1, left2 + right2  # the value itself is in both sides
+        y, xy = left_y + right_y - value, right_xy - left_xy
+        spread = s0 * s2 - s1 * s1
+        smoothed.append((s2 * y - s1 * xy) / spread if spread > 1e-9 * s0 * s0 else y / s0)
     return smoothed
 
 
-def _one_sided(values: Sequence[float], beta: float) -> list[tuple[float, float]]:
-    """(sum, weight) up to and with each value."""
-    total = weight = 0.0
+def _moments(values: Sequence[float], beta: float) -> list[tuple[float, float, float, float, float]]:
+    """At each value, sums over it and those before it, d steps away, weighing beta**d: of 1, d, d*d, y and d*y."""
+    s0 = s1 = s2 = y = xy = 0.0
     sums = []
     for value in values:
-        own = math.isfinite(value)
-        total, weight = beta * total + (value if own else 0.0), beta * weight + own
-        sums.append((total, weight))
+        s0, s1, s2, y, xy = beta * s0, beta * (s1 + s0), beta * (s2 + 2 * s1 + s0), beta * y, beta * (xy + y)
+        if math.isfinite(value):
+            s0, y = s0 + 1, y + value
+        sums.append((s0, s1, s2, y, xy))
     return sums
 
 

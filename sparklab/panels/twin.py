@@ -35,15 +35,12 @@ def run_html(state: RunState, plan: dict[str, Any], title: str = "", about: str 
 
 def _header(head: dict[str, Any], title: str, about: str) -> str:
     colour = _TONES[head["tone"]]
-    facts_line = [head["step"], f"epoch {head['epoch']}", f"{head['elapsed']} in all"]
-    if head["eta"]:
-        facts_line[2:] = [f"{head['elapsed']} so far", f"{head['eta']} left"]
     share, aside = 100 * head["share"], " · ".join(part for part in (about, head["device"]) if part)
     return (
         '<div style="display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 10px">'
         f'<b style="font-size:15px"><span style="color:{colour}">●</span> {escape(head["word"])}</b> '
         f'<span dir="auto">{escape(title)}</span> <span style="{_SMALL}">{escape(aside)}</span></div>'
-        f'<div style="{_SMALL};{_NUMBERS};margin-top:2px">{escape(" · ".join(facts_line))}</div>'
+        f'<div style="{_SMALL};{_NUMBERS};margin-top:2px">{escape(head["times"])}</div>'
         f'<div style="height:4px;border-radius:2px;margin:8px 0 0 0;background:{LINE}">'
         f'<div style="height:4px;border-radius:2px;width:{share:.1f}%;background:{colour}"></div></div>'
     )
@@ -80,7 +77,7 @@ def _loss(state: RunState) -> str:
         x_range=(0.0, float(max(end, 1))),
         y_ticks=parts.ticks(min(shown, default=0.0), max(shown, default=1.0)),
         curves=(
-            Curve(xs=state.loss_steps, ys=state.losses, colour=LOSS, width=1, opacity=0.35),
+            Curve(xs=state.loss_steps, ys=state.losses, colour=LOSS, width=1, opacity=0.35 if last < 1000 else 0.22),
             Curve(xs=state.loss_steps, ys=smoothed, colour=LOSS, width=2),
             Curve(xs=evals_x, ys=evals_y, colour=HELD_OUT, width=1, opacity=0.6),
         ),
@@ -106,6 +103,8 @@ def _best_dot(best: list[float] | None) -> tuple[Dots, ...]:
 
 
 def _figures(state: RunState) -> str:
+    if not state.loss_steps:
+        return ""
     figures = facts.figures(state)
     shown = [("Tokens per second", figures["tokens_per_second"], "non-pad"), ("Learning rate", figures["learning_rate"], "last step"),
              ("Gradient norm", figures["grad_norm"], "before clipping")]  # fmt: skip
@@ -129,9 +128,9 @@ def _memory(state: RunState, plan: dict[str, Any]) -> str:
         f'<span style="white-space:nowrap">{swatch(s["colour"])}{escape(s["name"])} <span style="color:{DIM}">{facts.size(s["gib"])}</span></span> '
         for s in view["segments"]
     )
-    legend += f'<span style="white-space:nowrap">{swatch(DIM)}measured <span style="color:{DIM}">{facts.size(view["peak"])}</span></span>'
-    if view["line"] is not None:
-        legend += f' <span style="white-space:nowrap">{swatch(BAD)}usable</span>'
+    for name, amount, colour in (("measured", view["peak"], DIM), ("usable", view["line"], BAD)):
+        if amount is not None:
+            legend += f' <span style="white-space:nowrap">{swatch(colour)}{name} <span style="color:{DIM}">{facts.size(amount)}</span></span>'
     body = f'{image(svg, facts.memory_words(view), 34)}<div style="display:flex;flex-wrap:wrap;gap:3px 16px;font-size:12px;margin:8px 0 0 0">{legend}</div>'
     return _section("Memory", facts.memory_figures({**view, "now": None} if state.is_over else view), body)
 

@@ -56,20 +56,23 @@ function axisEnd(last, steps) {
   return Math.max(last, steps ? Math.min(rounded, steps) : rounded, 1);
 }
 
-/** Exponential mean over both sides, as smooth() in parts.py: no lag, no bias at the ends, NaN weighs nothing. */
+/** The line that best fits the neighbours of each value, as smooth() in parts.py: no lag, no bias at the ends, NaN weighs nothing. */
 function smooth(values, count, beta) {
-  const smoothed = new Float32Array(count), weights = new Float32Array(count);
-  let sum = 0, weight = 0;
-  for (let index = 0; index < count; index++) {
-    const own = isFinite(values[index]);
-    sum = beta * sum + (own ? values[index] : 0); weight = beta * weight + (own ? 1 : 0);
-    smoothed[index] = sum; weights[index] = weight;
-  }
-  sum = weight = 0;
-  for (let index = count - 1; index >= 0; index--) { // the value itself was counted on the way up
-    smoothed[index] = (smoothed[index] + beta * sum) / (weights[index] + beta * weight);
-    const own = isFinite(values[index]);
-    sum = beta * sum + (own ? values[index] : 0); weight = beta * weight + (own ? 1 : 0);
+  const smoothed = new Float32Array(count), before = new Float64Array(count * 5), sums = [0, 0, 0, 0, 0];
+  const advance = (value) => { // sums over the values passed, d steps away, weighing beta**d: of 1, d, d*d, y and d*y
+    const [s0, s1, s2, y, xy] = sums, own = isFinite(value);
+    sums[0] = beta * s0 + (own ? 1 : 0); sums[1] = beta * (s1 + s0); sums[2] = beta * (s2 + 2 * s1 + s0);
+    sums[3] = beta * y + (own ? value : 0); sums[4] = beta * (xy + y);
+  };
+  for (let index = 0; index < count; index++) { advance(values[index]); before.set(sums, index * 5); }
+  sums.fill(0);
+  for (let index = count - 1; index >= 0; index--) {
+    const value = values[index], at = index * 5;
+    advance(value);
+    if (!isFinite(value)) { smoothed[index] = NaN; continue; }
+    const s0 = before[at] + sums[0] - 1, s1 = sums[1] - before[at + 1], s2 = before[at + 2] + sums[2]; // the value itself is in both sides
+    const y = before[at + 3] + sums[3] - value, xy = sums[4] - before[at + 4], spread = s0 * s2 - s1 * s1;
+    smoothed[index] = spread > 1e-9 * s0 * s0 ? (s2 * y - s1 * xy) / spread : y / s0;
   }
   return smoothed;
 }

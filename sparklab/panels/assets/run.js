@@ -26,7 +26,9 @@ function layout(root) {
   const trouble = (ui.trouble = root.appendChild(make("div", "sl-trouble")));
   trouble.hidden = true;
   add(trouble, "reason", "div", "sl-text", "", { dir: "auto" });
-  add(trouble, "fix", "div", "sl-text", "", { dir: "auto" });
+  const remedy = (ui.remedy = trouble.appendChild(make("div", "sl-text")));
+  remedy.append(make("b", "", "What to do: "));
+  add(remedy, "fix", "span", "", "", { dir: "auto" });
   layoutLoss(root, ui, add);
   layoutFigures(root, ui, add);
   const memory = root.appendChild(make("section", "sl-section", "", { "aria-label": "Memory" }));
@@ -103,7 +105,8 @@ function drawLoss(ui, rows, curve, smoothed, view) {
   const X = (step) => left + (right - left) * step / end;
   const Y = (value) => top + (bottom - top) * (1 - (bend(value) - floor) / (ceiling - floor || 1));
   drawAxes(context, marks, log, Y, left, right, bottom, end, colour);
-  strokeCurve(context, xs, losses, rows.count, X, Y, colour("loss"), 1, 0.35);
+  strokeCurve(context, xs, losses, rows.count, X, Y, colour("loss"), 1, rows.count < right - left ? 0.42 : 0.28);
+  strokeCurve(context, xs, smoothed, rows.count, X, Y, colour("bg"), 4.5, 0.75); // a rim that lifts the bold curve off the raw one
   strokeCurve(context, xs, smoothed, rows.count, X, Y, colour("loss"), 2, 1);
   strokeCurve(context, evals.map(([step]) => step), held, held.length, X, Y, colour("held-out"), 1, 0.6);
   const dot = (x, y, radius, fill) => { context.fillStyle = fill; context.beginPath(); context.arc(x, y, radius, 0, 7); context.fill(); };
@@ -124,7 +127,8 @@ function drawAxes(context, marks, log, Y, left, right, bottom, end, colour) {
   context.lineWidth = 1; context.textAlign = "right"; context.textBaseline = "middle";
   for (const [index, mark] of marks.entries()) {
     const y = Math.round(Y(mark)) + 0.5;
-    context.strokeStyle = colour("grid"); context.beginPath(); context.moveTo(left, y); context.lineTo(right, y); context.stroke();
+    context.strokeStyle = colour("fg"); context.globalAlpha = 0.13; context.beginPath(); context.moveTo(left, y); context.lineTo(right, y); context.stroke();
+    context.globalAlpha = 1;
     context.fillStyle = colour("dim");
     context.fillText(log ? String(+mark.toPrecision(2)) : tickLabel(mark, marks[Math.min(index + 1, marks.length - 1)] - marks[Math.min(index, marks.length - 2)]), left - 8, y);
   }
@@ -139,19 +143,18 @@ function drawStrip(canvas, rows, index, root) {
   const [, high] = extent(values);
   const first = xs[0], span = Math.max(1, xs[rows.count - 1] - first);
   const X = (step) => 1 + (width - 2) * (step - first) / span, Y = (value) => height - 2 - (height - 4) * Math.min(1, value / (high || 1));
-  strokeCurve(context, xs, values, rows.count, X, Y, getComputedStyle(root).getPropertyValue("--sl-strip").trim(), 1.25, 1);
+  strokeCurve(context, xs, values, rows.count, X, Y, getComputedStyle(root).getPropertyValue("--sl-fg").trim(), 1.25, 0.5);
 }
 
 function showHead(ui, head, name) {
   say(ui.word, head.word || "Starting"); say(ui.name, name[0] || ""); say(ui.about, [name[1], head.device].filter(Boolean).join(" · "));
-  const over = head.over, times = [head.step, `epoch ${head.epoch}`, over ? `${head.elapsed} in all` : `${head.elapsed} so far`];
-  if (!over && head.eta) times.push(`${head.eta} left`);
-  say(ui.times, times.filter(Boolean).join(" · "));
+  const over = head.over;
+  say(ui.times, head.times || "");
   ui.root.dataset.status = head.status || "starting"; ui.root.dataset.tone = head.tone || "run";
   const share = Math.round(1000 * (head.share || 0)) / 10;
   ui.fill.style.width = `${share}%`; ui.bar.setAttribute("aria-valuenow", String(share)); ui.bar.setAttribute("aria-valuetext", head.step || "");
   ui.trouble.hidden = !(over && (head.reason || head.fix));
-  say(ui.reason, head.reason || ""); say(ui.fix, head.fix ? `What to do: ${head.fix}` : "");
+  say(ui.reason, head.reason || ""); say(ui.fix, head.fix || ""); ui.remedy.hidden = !head.fix;
   ui.keys.classList.toggle("sl-gone", Boolean(over));
   say(ui.buttons.pause, head.status === "paused" ? "Resume" : "Pause");
   ui.buttons.pause.dataset.command = head.status === "paused" ? "resume" : "pause";
@@ -186,7 +189,7 @@ function showMemory(ui, memory) {
     return node;
   };
   const entries = (memory.segments || []).map((s) => entry(s.colour, s.name, s.gib));
-  entries.push(entry("var(--sl-measured)", "measured", memory.peak));
+  if (memory.peak !== null) entries.push(entry("var(--sl-measured)", "measured", memory.peak));
   if (memory.line !== null && memory.line !== undefined) entries.push(entry("var(--sl-bad)", "usable", memory.line));
   ui.legend.replaceChildren(...entries);
 }
@@ -238,10 +241,10 @@ function steer(ui, model) {
 function curves(ui, model) {
   const rows = new Rows(WIDTH), view = { log: false, cursor: null, over: false };
   let smoothed = new Float32Array(0), scale = null, due = 0;
-  const format = (value) => (isFinite(value) ? value.toFixed(3) : "NaN");
+  const format = (value, none = "NaN") => (isFinite(value) ? value.toFixed(3) : none);
   const readout = () => {
     const curve = model.get("curve"), figures = model.get("figures"), at = view.cursor !== null && view.cursor < rows.count ? view.cursor : rows.count - 1;
-    say(ui.raw, rows.count ? format(rows.column(LOSS)[at]) : "–"); say(ui.smooth, rows.count ? format(smoothed[at]) : "–");
+    say(ui.raw, rows.count ? format(rows.column(LOSS)[at]) : "–"); say(ui.smooth, rows.count ? format(smoothed[at], "–") : "–");
     say(ui.heldOut, figures.held_out || "–"); say(ui.best, curve.best ? `${curve.best[1].toFixed(3)} at ${curve.best[0].toLocaleString("en")}` : "–");
     say(ui.at, view.cursor !== null && rows.count ? `at step ${rows.column(STEP)[at].toLocaleString("en")}` : "");
     const losses = rows.column(LOSS); let broken = 0, first = 0;
