@@ -59,7 +59,7 @@ def head(state: RunState) -> dict[str, Any]:
     """State, progress and time: the line everybody reads first."""
     steps = max(state.steps, 0)
     share = min(1.0, max(0.0, state.step / steps)) if steps else 0.0
-    elapsed = state.elapsed_seconds
+    elapsed, left = state.elapsed_seconds, NA if state.is_over else state.eta_seconds  # asked once: the latter sums the whole run
     step = f"step {state.step:,}" + (f" of {steps:,}" if steps else "") if state.step or steps else "no step yet"
     return {
         "status": state.status,
@@ -68,19 +68,17 @@ def head(state: RunState) -> dict[str, Any]:
         "over": state.is_over,
         "step": clean(step, 60),
         "share": 1.0 if state.status == "finished" else share,
-        "epoch": figure(state.epoch, lambda value: f"{value:.2f}") if state.loss_steps else DASH,
-        "eta": figure(state.eta_seconds, format_seconds) if not state.is_over else "",
+        "eta": figure(left, format_seconds),
         "elapsed": figure(elapsed, format_seconds),
-        "times": _times(state, clean(step, 60)),
+        "times": _times(state, clean(step, 60), elapsed, left),
         "device": one_line(state.device, 40),
         "reason": clean(state.reason, 1500),
         "fix": clean(state.fix, 800),
     }
 
 
-def _times(state: RunState, step: str) -> str:
+def _times(state: RunState, step: str, spent: float, left: float) -> str:
     """Step, epoch, time spent and time left in one line; what is not known yet is left out."""
-    spent, left = state.elapsed_seconds, NA if state.is_over else state.eta_seconds
     known = [step]
     if state.loss_steps and not is_na(state.epoch):
         known.append(f"epoch {state.epoch:.2f}")
@@ -101,6 +99,11 @@ def figures(state: RunState) -> dict[str, str]:
         "grad_norm": figure(_last(state.grad_norms), lambda value: f"{value:.3g}"),
         "exact_match": exact_match(state),
     }
+
+
+def peak_rate(state: RunState) -> str:
+    """The highest learning rate: what is left to say of it when the schedule has ended at zero."""
+    return figure(max((rate for rate in state.learning_rates if not is_na(rate)), default=NA), _scientific)
 
 
 def exact_match(state: RunState) -> str:

@@ -100,7 +100,7 @@ def progress(state: RunState, plan: dict[str, Any], columns: int) -> str:
         fields.append(f"loss {figures['loss']}")
         if state.evals:
             fields.append(f"held-out {figures['held_out']}")
-        if head["eta"] and head["eta"] != facts.DASH:
+        if head["eta"] != facts.DASH:
             fields.append(f"{head['eta']} left")
         fields.append(f"{figures['tokens_per_second']} tok/s")
     if memory["peak"] is not None:

@@ -106,7 +106,7 @@ def _figures(state: RunState) -> str:
     if not state.loss_steps:
         return ""
     figures = facts.figures(state)
-    shown = [("Tokens per second", figures["tokens_per_second"], "non-pad"), ("Learning rate", figures["learning_rate"], "last step"),
+    shown = [("Tokens per second", figures["tokens_per_second"], "non-pad"), ("Learning rate", facts.peak_rate(state), "highest"),
              ("Gradient norm", figures["grad_norm"], "before clipping")]  # fmt: skip
     if figures["exact_match"]:
         shown.append(("Exact match", figures["exact_match"], facts.exact_match_count(state)))

@@ -86,8 +86,15 @@ class Lab:
         page.set_default_timeout(120_000)  # a loaded machine takes a minute to draw JupyterLab for the first time
         self.requests, self.dialogs, self.errors = [], [], []
         page.on("request", lambda request: self.requests.append(request.url))
-        page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
+        page.on("dialog", self._answer)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _answer(self, dialog):
+        if dialog.type == "beforeunload":  # JupyterLab's own, on leaving an unsaved notebook
+            dialog.accept()
+        else:
+            self.dialogs.append(dialog.message)
+            dialog.dismiss()
 
     def open(self, name):
         self.page.goto(f"{self.address}doc/tree/{name}")

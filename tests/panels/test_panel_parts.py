@@ -61,9 +61,18 @@ def test_the_step_axis_moves_rarely():
 def test_smoothing_has_no_bias_and_no_lag():
     assert parts.smooth([3.0] * 50, 0.95) == pytest.approx([3.0] * 50)
     line = [10.0 - 0.1 * i for i in range(200)]
-    assert parts.smooth(line, 0.9)[100] == pytest.approx(line[100], abs=1e-4)  # the left side is one value longer
-    with_hole = parts.smooth([3.0, math.nan, 3.0], 0.9)
-    assert with_hole == pytest.approx([3.0] * 3)
+    assert parts.smooth(line, 0.9) == pytest.approx(line), "also at both ends"
+    assert parts.smooth([5.0], 0.9) == [5.0] and parts.smooth([], 0.9) == []
+
+
+def test_smoothing_takes_noise_away():
+    noisy = [1.0 + (-1) ** i * 0.5 for i in range(200)]
+    assert max(abs(value - 1) for value in parts.smooth(noisy, 0.9)[20:-20]) < 0.05
+
+
+def test_smoothing_passes_over_what_is_not_a_number():
+    smoothed = parts.smooth([4.0, 3.0, math.nan, 1.0, math.inf], 0.9)
+    assert smoothed[:2] + smoothed[3:4] == pytest.approx([4.0, 3.0, 1.0]) and math.isnan(smoothed[2]) and math.isnan(smoothed[4])
     assert all(math.isnan(value) for value in parts.smooth([math.nan] * 3, 0.9))
 
 
@@ -112,9 +121,11 @@ def test_the_head_of_every_state():
     head = facts.head(state_of(STARTED, {"event": "phase", "phase": "load"}))
     assert (head["word"], head["tone"], head["eta"]) == ("Loading the model", "run", "–")
     head = facts.head(state_of(STARTED, {"event": "phase", "phase": "train"}, *steps(25)))
-    assert (head["word"], head["step"], head["share"], head["epoch"]) == ("Training", "step 25 of 100", 0.25, "0.25") and head["eta"].endswith(" s")
+    assert (head["word"], head["step"], head["share"]) == ("Training", "step 25 of 100", 0.25) and head["eta"].endswith(" s")
+    assert head["times"].startswith("step 25 of 100 · epoch 0.25 · ") and head["times"].endswith(" s left")
     head = facts.head(state_of(STARTED, *steps(100), {"event": "finished", "time": 1200.0}))
-    assert (head["word"], head["share"], head["eta"], head["over"]) == ("Finished", 1.0, "", True)
+    assert (head["word"], head["share"], head["eta"], head["over"]) == ("Finished", 1.0, "–", True)
+    assert head["times"] == "step 100 of 100 · epoch 1.00 · 3 min 20 s in all"
 
 
 def test_exact_match_is_told_before_and_after(full_state):
