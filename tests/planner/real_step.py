@@ -7,11 +7,11 @@ from typing import Any
 import bitsandbytes
 import torch
 from peft import LoraConfig, get_peft_model
-from storages import StorageTracker
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sparklab.engine import attention
 from sparklab.engine.loss import chunked_cross_entropy, full_cross_entropy
+from sparklab.engine.storages import StorageTracker
 from sparklab.model.load import causal_lm, set_checkpointing
 from sparklab.planner.recipe import Recipe
 

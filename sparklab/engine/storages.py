@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class StorageTracker(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
     """Inside ``with tracker:`` it counts the bytes of all living storages it has seen; ``watch`` tells it of those born before.
 
     What a kernel allocates inside itself and frees before it returns is not seen.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now_bytes = 0
         self.peak_bytes = 0
         self._alive: dict[int, int] = {}
