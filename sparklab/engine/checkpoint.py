@@ -109,14 +109,27 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     content = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
+    places: set[int] = set()
     for index, state in content["state"].items():
-        for name, value in state.items():
+        for name, value in _flat(state):
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().contiguous().cpu()
+                tensor = value.detach().contiguous().cpu()
+                # All 8-bit states share one table of values, which safetensors refuses to write twice.
+                tensors[f"{index}.{name}"] = tensor.clone() if tensor.data_ptr() in places else tensor
+                places.add(tensor.data_ptr())
             else:
                 plain.setdefault(str(index), {})[name] = value
     save_file(tensors, folder / "optimizer.safetensors")
     _write_json(folder / "optimizer.json", {"param_groups": content["param_groups"], "state": plain})
+
+
+def _flat(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values; bitsandbytes hands its 8-bit states out in a dict within the dict, and takes them back without."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield name, value
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:

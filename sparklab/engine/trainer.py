@@ -87,6 +87,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         measured = mean_loss(self.model, self.eval_dataset or (), self.recipe.loss, self.args.device)
         return {"eval_loss": measured["loss"], "eval_tokens": measured["tokens"]}
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's own; bitsandbytes remembers by position which parameters keep fp32 states, and must forget an earlier run of this process."""
+        if self.recipe.optimizer == "adamw_8bit":
+            from bitsandbytes.optim import GlobalOptimManager  # noqa: PLC0415 - loads only where it is used
+
+            GlobalOptimManager.get_instance().initialize()
+        return super().create_optimizer(model)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return EpochSampler(len(train_dataset if train_dataset is not None else self.train_dataset), self.recipe.seed)
 
@@ -160,7 +168,7 @@ def training_arguments(recipe: Recipe, folder: Path, rows: int, held_out: bool) 
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
         max_grad_norm=recipe.clip_norm,
-        optim="adamw_torch_fused",
+        optim={"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}[recipe.optimizer],
         seed=recipe.seed,
         logging_strategy="steps",
         logging_steps=1,

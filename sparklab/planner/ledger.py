@@ -135,10 +135,27 @@ class Ledger:
         """Adapters and the optimizer's moments."""
         width, count, rank = self.trained_width, self.trainable, self.recipe.rank
         name = "fp32" if width == 4 else "bf16"
-        moments = Item("optimizer", 2.0 * width * count, lambda: f"AdamW: 2 moments x {count:,} x {width} B ({name}, as the weights)")
+        if self.recipe.optimizer == "adamw_8bit":
+            moments = Item("optimizer", self._moments_8bit, lambda: f"AdamW in 8 bits: {self._moments_8bit / count:.4g} B x {count:,} parameters")
+        else:
+            moments = Item("optimizer", 2.0 * width * count, lambda: f"AdamW: 2 moments x {count:,} x {width} B ({name}, as the weights)")
         if self.full:
             return (moments,)
         return (Item("adapters", float(width * count), lambda: f"rank {rank}: {count:,} parameters x {width} B ({name})"), moments)
+
+    @cached_property
+    def _moments_8bit(self) -> float:
+        """bitsandbytes' two moments: 1 B a number each and an fp32 scale for 256; fp32 below 4,096 numbers, and always so for an embedding."""
+        size, rank = 0.0, self.recipe.rank
+        tensors = [(rank * width, linear.count) for linear in self.adapted for width in (linear.inputs, linear.outputs)]
+        if self.full:
+            size = 8.0 * self.anatomy.embedding_parameters
+            tensors = [(self.anatomy.head_parameters, 1), (self.anatomy.hidden, 1)]
+            for block in self.anatomy.blocks:
+                matrices = [linear.inputs * linear.outputs for linear in block.linears]
+                tensors += [(numbers, block.count) for numbers in matrices]
+                tensors += [(part.parameters - (part.inputs * part.outputs if isinstance(part, Linear) else 0), block.count) for part in block.parts]
+        return size + sum(count * (2.0 * numbers + 8.0 * -(-numbers // 256) if numbers >= 4096 else 8.0 * numbers) for numbers, count in tensors)
 
     @cached_property
     def runtime(self) -> Item:

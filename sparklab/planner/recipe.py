@@ -21,6 +21,7 @@ from sparklab.errors import RecipeError
 Method = Literal["full", "lora", "qlora"]
 DType = Literal["auto", "bf16", "fp32"]
 Loss = Literal["chunked", "full"]
+Optimizer = Literal["adamw", "adamw_8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
 OnLong = Literal["truncate", "drop", "error"]
 
@@ -66,6 +67,8 @@ class Recipe:
     """What to do with a longer one."""
 
     # the optimisation
+    optimizer: Optimizer = "adamw"
+    """``adamw`` keeps its two moments in the type of the weights they move; ``adamw_8bit`` in 8 bits with a scale for every 256 (bitsandbytes)."""
     epochs: float = 1.0
     """Passes over the training rows."""
     max_steps: int | None = None
@@ -170,7 +173,7 @@ def _faults(recipe: Recipe) -> list[str]:
     """Every field that cannot be, in the user's words."""
     faults = []
     for name, choices in (("method", METHODS), ("adapter_dtype", get_args(DType)), ("dtype", get_args(DType)), ("loss", get_args(Loss)),
-                          ("schedule", get_args(Schedule)), ("on_long", get_args(OnLong))):  # fmt: skip
+                          ("optimizer", get_args(Optimizer)), ("schedule", get_args(Schedule)), ("on_long", get_args(OnLong))):  # fmt: skip
         if getattr(recipe, name) not in choices:
             faults.append(f"{name} is {getattr(recipe, name)!r}; choose one of {', '.join(choices)}")
     for name, least in (("rank", 1), ("micro_batch_tokens", 1), ("micro_batches_per_update", 1), ("max_length", 1), ("answer_held_out", 0),
