@@ -23,6 +23,9 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self._alive: dict[int, int] = {}
 
     def watch(self, tensor: torch.Tensor) -> None:
+        """Counts the tensor's storage, if it is not counted yet; a meta tensor has none."""
+        if tensor.is_meta:
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._alive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +28,16 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def load_model(recipe: Recipe, box: Box, attention: str) -> nn.Module:
-    """The recipe's model on this machine's device, ready to train: base, adapters unless the method is full, layers marked to recompute."""
+BaseMaker = Callable[[Recipe, torch.dtype, torch.device, str], nn.Module]
+
+
+def load_model(recipe: Recipe, box: Box, attention: str, make_base: BaseMaker | None = None) -> nn.Module:
+    """The recipe's model on this machine's device, ready to train: base, adapters unless the method is full, layers marked to recompute.
+
+    ``make_base`` stands in for :func:`load_base`, to make a base that was never saved.
+    """
     base_dtype = box.resolve_dtype(recipe.dtype)
-    model = load_base(recipe, torch_dtype(base_dtype), pick_device(), attention)
+    model = (make_base or load_base)(recipe, torch_dtype(base_dtype), pick_device(), attention)
     if recipe.method != "full":
         model = add_adapters(model, recipe, torch_dtype(base_dtype if recipe.adapter_dtype == "auto" else recipe.adapter_dtype))
     set_checkpointing(model, recipe.checkpoint_layers)
@@ -58,21 +65,25 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device, attentio
     source = check_trainable(recipe.model)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True, "trust_remote_code": False}
     if recipe.method == "qlora":
-        options["quantization_config"] = _nf4(recipe, dtype)
+        options["quantization_config"] = nf4_config(recipe, dtype)
     if device.type == "cuda":
         options["device_map"] = {"": device.index or 0}
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(source, local_files_only=os.path.isdir(source), **options)
     except (OSError, ValueError) as error:
         raise _not_loadable(recipe.model, source, error) from error
+    return keep_trainable(model, recipe)
+
+
+def keep_trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The base, frozen unless the method is full, and kept from what would make it untrainable later."""
     module: Any
     for module in model.modules():
         # On a CPU bitsandbytes repacks 4-bit weights at the first forward without gradients, and later training runs through a kernel
         # that has no gradient. Evaluating before training must not change what training computes, so that path stays off.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    model.requires_grad_(recipe.method == "full")
-    return model
+    return model.requires_grad_(recipe.method == "full")
 
 
 def add_adapters(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> nn.Module:
@@ -133,7 +144,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return total, trainable
 
 
-def _nf4(recipe: Recipe, dtype: torch.dtype) -> Any:
+def nf4_config(recipe: Recipe, dtype: torch.dtype) -> Any:
+    """The recipe's 4-bit base in transformers' words: NF4, computed in ``dtype``."""
     from transformers import BitsAndBytesConfig  # noqa: PLC0415
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=recipe.double_quantization)

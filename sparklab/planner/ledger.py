@@ -6,7 +6,7 @@ moment, and the plan's peak is the highest phase; every figure is a sum of lines
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -392,20 +392,32 @@ class Ledger:
     # the books
 
     @cached_property
+    def moments(self) -> dict[str, tuple[Moment, ...]]:
+        """Phase to its moments, each with everything that is held then."""
+        stays = (*self.weights, *self.states, self.runtime)
+        phases = {"load": self._load(), "train": self._train(), "evaluate": self._evaluate(), "sample": self._sample(), "save": self._save()}
+        books = {}
+        for phase, candidates in phases.items():
+            there = (*self.weights, self.runtime) if phase == "load" else stays
+            shared = (self.shared,) if phase == "train" else ()
+            whole = []
+            for moment in candidates:
+                moving = (*moment.items, *shared)
+                whole.append(Moment(moment.name, (*there, *moving, self.slack(sum(item.size_bytes for item in moving)))))
+            books[phase] = tuple(whole)
+        if not self.full:
+            books["merge"] = tuple(Moment(moment.name, (*self.states[:1], self.runtime, *moment.items)) for moment in self._merge())
+        return books
+
+    def seen_bytes(self, phase: str, unseen: Mapping[str, float]) -> float:
+        """The phase's peak as a meter shows it that misses some lines; ``unseen`` maps a line's name to the share of it that is missed."""
+        return max(sum(item.size_bytes * (1 - unseen.get(item.name, 0.0)) for item in moment.items) for moment in self.moments[phase])
+
+    @cached_property
     def phases(self) -> dict[str, tuple[str, tuple[Item, ...]]]:
         """Phase to (its highest moment, that moment's lines)."""
-        stays = (*self.weights, *self.states, self.runtime)
-        moments = {"load": self._load(), "train": self._train(), "evaluate": self._evaluate(), "sample": self._sample(), "save": self._save()}
-        books = {}
-        for phase, candidates in moments.items():
-            highest = max(candidates, key=lambda moment: moment.size_bytes)
-            there = (*self.weights, self.runtime) if phase == "load" else stays
-            moving = highest.items if phase != "train" else (*highest.items, self.shared)
-            books[phase] = (highest.name, (*there, *moving, self.slack(sum(item.size_bytes for item in moving))))
-        if not self.full:
-            merge = self._merge()[0]
-            books["merge"] = (merge.name, (*self.states[:1], self.runtime, *merge.items))
-        return books
+        highest = {phase: max(moments, key=lambda moment: moment.size_bytes) for phase, moments in self.moments.items()}
+        return {phase: (moment.name, moment.items) for phase, moment in highest.items()}
 
     @cached_property
     def peaks(self) -> dict[str, float]:
