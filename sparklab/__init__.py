@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sparklab.box import Box
     from sparklab.data.lesson import lesson
     from sparklab.model.anatomy import Anatomy
-    from sparklab.planner import Plan, PlanTable, plan
+    from sparklab.planner import ModelTable, Plan, PlanTable, plan
     from sparklab.planner import recipes as recipes
     from sparklab.planner.recipe import Recipe
 
@@ -31,6 +31,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Anatomy": "sparklab.model.anatomy",
     "Box": "sparklab.box",
+    "ModelTable": "sparklab.planner",
     "Plan": "sparklab.planner",
     "PlanTable": "sparklab.planner",
     "Recipe": "sparklab.planner.recipe",
@@ -45,7 +46,7 @@ _HOMES = {
 
 _MODULES = {"errors", "recipes"}
 
-__all__ = ["Anatomy", "Box", "Plan", "PlanTable", "Recipe", "Run", "errors", "lesson", "plan", "quickstart", "recipes", "train"]
+__all__ = ["Anatomy", "Box", "ModelTable", "Plan", "PlanTable", "Recipe", "Run", "errors", "lesson", "plan", "quickstart", "recipes", "train"]
 
 
 def __getattr__(name: str) -> Any:

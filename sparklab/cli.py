@@ -48,10 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("name", nargs="?", default="this", help="a profile instead of this machine (default: this)")
 
     verb = _verb(verbs, "plan", "whether a model fits and how long it takes, from its config.json alone", _plan)
-    verb.add_argument("model", help="a config.json, a model directory, a hub name, or tiny")
-    verb.add_argument("--box", help="a profile instead of this machine")
-    verb.add_argument("--tokens", type=int, help="non-pad tokens to train on, for hours and Wh")
-    _recipe_flags(verb, leave_out={"model", "data", "held_out"})
+    verb.add_argument("model", nargs="+", help="a config.json, a model directory, a hub name, or tiny; several: which is the largest that fits")
+    verb.add_argument("--longest", action="store_true", help="the longest documents that fit, instead of the fastest plan")
+    _plan_flags(verb)
 
     verb = _verb(verbs, "train", "train a recipe in a run directory", _train)
     verb.add_argument("model", help=field_help()["model"])
@@ -91,6 +90,13 @@ def _verb(verbs: Any, name: str, text: str, run: Callable[[argparse.Namespace], 
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
     return parser
+
+
+def _plan_flags(parser: argparse.ArgumentParser) -> None:
+    """What every verb that looks ahead takes: the box, the size of the data, the recipe's fields."""
+    parser.add_argument("--box", help="a profile instead of this machine")
+    parser.add_argument("--tokens", type=int, help="non-pad tokens to train on, for hours and Wh")
+    _recipe_flags(parser, leave_out={"model", "data", "held_out"})
 
 
 def _recipe_flags(parser: argparse.ArgumentParser, leave_out: set[str]) -> None:
@@ -161,7 +167,11 @@ def _plan(options: argparse.Namespace) -> None:
     from sparklab.box import Box  # noqa: PLC0415
     from sparklab.planner import plan  # noqa: PLC0415
 
-    table = plan(options.model, box=Box.profile(options.box) if options.box else None, tokens=options.tokens, **_changes(options))
+    models, changes = options.model if len(options.model) > 1 else options.model[0], _changes(options)
+    table = plan(models, box=Box.profile(options.box) if options.box else None, tokens=options.tokens, **changes)
+    if options.longest:
+        kept = {name: changes[name] for name in ("micro_batch_tokens", "max_length", "checkpoint_layers") if name in changes}
+        table = table.longest_context(**kept)
     _show(options, table.to_dict(), table)
 
 
@@ -186,7 +196,7 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 
 def _quickstart_words(result: dict[str, Any]) -> str:
-    question = "Ship 12 red kites to Cairo for Omar, due Friday. Note item, number, name, city, day."
+    question = "Ship 12 red kites to Cairo for Omar, due Friday."
     return (
         f"\nIt helped: {result['exact_match_before']:.1%} of {result['held_out']} unseen orders became the right JSON before, "
         f"{result['exact_match_after']:.1%} after.\n{result['method']}, {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} non-pad tokens/s; "

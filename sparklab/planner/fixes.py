@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from sparklab.planner.ledger import Ledger
 from sparklab.planner.recipe import Recipe
+from sparklab.planner.search import least_checkpointing
 from sparklab.units import gib
 
 LEAST_TOKENS: Final = 128
@@ -28,19 +29,6 @@ class Fix:
 
     def __str__(self) -> str:
         return f"{self.text} ({gib(self.peak_bytes):.3g})"
-
-
-def least_checkpointing(peak: Callable[[int], float], layers: int, usable_bytes: float) -> int | None:
-    """The fewest layers to checkpoint so that ``peak(layers)`` is within ``usable_bytes``, by bisection; None where even all do not help."""
-    if peak(0) <= usable_bytes:
-        return 0
-    if peak(layers) > usable_bytes:
-        return None
-    low, high = 0, layers  # low does not fit, high does
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if peak(middle) <= usable_bytes else (middle, high)
-    return high
 
 
 def find_fixes(ledger: Ledger) -> tuple[Fix, ...]:
@@ -76,6 +64,8 @@ def _levers(ledger: Ledger, tried: Callable[[dict[str, Any]], float]) -> Iterato
         yield iter([("loss='chunked'", {"loss": "chunked"})])
     yield ((f"{tokens} tokens", _rows(recipe, tokens)) for tokens in _halvings(recipe.micro_batch_tokens, LEAST_TOKENS))
     yield _checkpointing(ledger, tried)
+    if recipe.optimizer == "adamw":
+        yield iter([("optimizer='adamw_8bit'", {"optimizer": "adamw_8bit"})])
     if recipe.method == "qlora" and not recipe.double_quantization:
         yield iter([("double_quantization=True", {"double_quantization": True})])
     if recipe.method != "full":

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 from sparklab.box import Box
-from sparklab.errors import DoesNotFit
+from sparklab.errors import DoesNotFit, RecipeError
 from sparklab.model.anatomy import Anatomy
 from sparklab.planner import render
 from sparklab.planner.cost import Cost, Range, cost, tokens_per_second
 from sparklab.planner.fixes import Fix, find_fixes
 from sparklab.planner.ledger import Ledger
 from sparklab.planner.recipe import Recipe
-from sparklab.units import gib, is_na, jsonable
+from sparklab.planner.search import STEP_TOKENS, checkpoint_setting, least_checkpointing, longest_row
+from sparklab.units import format_count, gib, is_na, jsonable
+
+TOKENS_ASSUMED: Final = 10_000_000  # when nobody says how much there is to learn from
+MOST_TOKENS: Final = 2**20  # the longest context looked for where a config does not say how long the model can read
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,30 @@ class Plan:
     recipe: Recipe
     anatomy: Anatomy
     box: Box
-    tokens: float
-    """Tokens to train on, all passes together."""
-    notes: tuple[str, ...] = ()
-    """What the reader must know beside the figures."""
+    data_tokens: float | None = None
+    """Tokens in one pass over the data; None: nobody said, and 10 million are assumed."""
+
+    @property
+    def tokens(self) -> float:
+        """Tokens to train on, all passes together, no more than ``max_steps`` updates hold."""
+        recipe = self.recipe
+        total = float(TOKENS_ASSUMED if self.data_tokens is None else self.data_tokens) * recipe.epochs
+        if recipe.max_steps is None:
+            return total
+        return min(total, float(recipe.max_steps * recipe.micro_batches_per_update * recipe.micro_batch_tokens))
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader must know beside the figures."""
+        recipe, anatomy, box = self.recipe, self.anatomy, self.box
+        notes = [box.note] if box.note else []
+        if self.data_tokens is None:
+            notes.append(f"time and energy are for {format_count(TOKENS_ASSUMED)} tokens of data, assumed: say tokens=... for yours")
+        if anatomy.max_positions and recipe.max_length > anatomy.max_positions:
+            notes.append(f"max_length {recipe.max_length} is longer than the {anatomy.max_positions} positions the model was made for")
+        if self.ledger.dtype == "bf16" and not box.has_native_bf16:
+            notes.append(f"{box.chip} does not compute in bf16: it is emulated, slower than fp32")
+        return tuple(notes)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -138,7 +162,31 @@ class Plan:
 
     def replace(self, **changes: Any) -> Plan:
         """The plan of the same recipe with some fields changed."""
-        return Plan(self.recipe.replace(**changes), self.anatomy, self.box, self.tokens, self.notes)
+        return Plan(self.recipe.replace(**changes), self.anatomy, self.box, self.data_tokens)
+
+    def longest_context(self, **changes: Any) -> Plan:
+        """The plan of the longest documents that fit, one to a row, exact to 128 tokens and no longer than the model was made for.
+
+        As few layers as possible recompute, all of them if need be, unless ``changes`` (fields of the recipe) say how many. Where not even
+        128 tokens fit it is the plan of those, which does not fit and says what would. Raises RecipeError.
+        """
+        solved = sorted({"micro_batch_tokens", "max_length"} & set(changes))
+        if solved:
+            raise RecipeError(f"the longest context is solved for {' and '.join(solved)}", "leave it out")
+        base, layers = self.recipe.replace(**changes), self.anatomy.layers
+
+        def at(tokens: int, **more: Any) -> Plan:
+            recipe = base.replace(micro_batch_tokens=tokens, max_length=tokens, **more)
+            return Plan(recipe, self.anatomy, self.box, self.data_tokens)
+
+        most = self.anatomy.max_positions or MOST_TOKENS
+        free = {} if "checkpoint_layers" in changes else {"checkpoint_layers": "all"}
+        tokens = longest_row(lambda tokens: at(tokens, **free).fits, most)
+        if not tokens or not free or is_na(self.usable_bytes):
+            return at(tokens or min(most, STEP_TOKENS), **free)
+        count = least_checkpointing(lambda count: at(tokens, checkpoint_layers=count).peak_bytes, layers, self.usable_bytes)
+        assert count is not None, "what fits with every layer recomputed has a least number of them"
+        return at(tokens, checkpoint_layers=checkpoint_setting(count, layers))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, names as ``sparklab plan --json`` prints them; ranges as [low, high], unknown as null."""
@@ -191,8 +239,13 @@ class PlanTable:
         return cls(tuple(sorted(plans, key=place)))
 
     def best(self) -> Plan:
-        """The fastest plan that fits; where none fits, the smallest."""
+        """The first: the fastest plan that fits; where none fits, the smallest."""
         return self.plans[0]
+
+    def longest_context(self, **changes: Any) -> PlanTable:
+        """For each method the plan of the longest documents that fit (:meth:`Plan.longest_context`), longest first."""
+        found = [plan.longest_context(**changes) for plan in self.plans]
+        return PlanTable(tuple(sorted(found, key=lambda plan: (not plan.fits, -plan.recipe.max_length))))
 
     def __iter__(self) -> Iterator[Plan]:
         return iter(self.plans)
@@ -221,3 +274,56 @@ class PlanTable:
 
     def _repr_html_(self) -> str:
         return render.table_html(self)
+
+
+@dataclass(frozen=True, repr=False)
+class ModelTable:
+    """One plan table a model, the largest model first."""
+
+    tables: tuple[PlanTable, ...]
+
+    @classmethod
+    def ordered(cls, tables: list[PlanTable]) -> ModelTable:
+        """The tables in order."""
+        return cls(tuple(sorted(tables, key=lambda table: -table.best().anatomy.parameters)))
+
+    def largest(self) -> Plan:
+        """The best plan of the largest model that fits. Raises :class:`DoesNotFit` with what is nearest to fitting where none does."""
+        return self._nearest().check()
+
+    def _nearest(self) -> Plan:
+        """The largest that fits; where none does, the one whose best plan is smallest."""
+        best = [table.best() for table in self.tables]
+        return next((plan for plan in best if plan.fits), min(best, key=lambda plan: plan.peak_bytes))
+
+    def longest_context(self, **changes: Any) -> ModelTable:
+        """For each model and method the plan of the longest documents that fit (:meth:`Plan.longest_context`)."""
+        return ModelTable(tuple(table.longest_context(**changes) for table in self.tables))
+
+    def __iter__(self) -> Iterator[PlanTable]:
+        return iter(self.tables)
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    def __getitem__(self, model: str | int) -> PlanTable:
+        """The table of a model by its name, or by its place."""
+        if isinstance(model, int):
+            return self.tables[model]
+        for table in self.tables:
+            if table.best().anatomy.source == model:
+                return table
+        raise KeyError(model)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures of the largest model that fits (of the nearest, where none does), and ``models`` with all tables in order."""
+        return {**self._nearest().to_dict(), "models": [table.to_dict() for table in self.tables]}
+
+    def __repr__(self) -> str:
+        return f"ModelTable({', '.join(repr(table.best()) for table in self.tables)})"
+
+    def __str__(self) -> str:
+        return render.models_text(self)
+
+    def _repr_html_(self) -> str:
+        return render.models_html(self)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from sparklab.units import format_bytes, format_count, format_seconds, gib, is_na
 
 if TYPE_CHECKING:
-    from sparklab.planner.forecast import Line, Plan, PlanTable
+    from sparklab.planner.forecast import Line, ModelTable, Plan, PlanTable
 
 COLOURS: Final = {  # by component, the same in every bar
     "weights": "#4e79a7",
@@ -82,16 +82,46 @@ def heading(plan: Plan) -> str:
     return f"{anatomy.source}: {format_count(anatomy.parameters)} parameters, on {plan.box!r}; {format_count(plan.tokens)} tokens"
 
 
+def _text_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines, every column as wide as its widest cell."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def table_text(table: PlanTable) -> str:
     """The ranked table for a terminal."""
-    rows = [HEADS, *(columns(plan) for plan in table.plans)]
-    widths = [max(len(row[index]) for row in rows) for index in range(len(HEADS))]
-    lines = [heading(table.best())]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    for plan in table.plans:
-        if plan.fixes:
-            lines.append(f"{plan.recipe.method} would fit with: {', '.join(str(fix) for fix in plan.fixes)}")
-    return "\n".join([*lines, *(f"Note: {note}" for note in table.best().notes)])
+    lines = [heading(table.best()), *_text_table([HEADS, *(columns(plan) for plan in table.plans)])]
+    lines += [f"{plan.recipe.method} would fit with: {', '.join(str(fix) for fix in plan.fixes)}" for plan in table.plans if plan.fixes]
+    return "\n".join([*lines, *(f"Note: {note}" for note in all_notes(table.plans))])
+
+
+def all_notes(plans: Iterable[Plan]) -> list[str]:
+    """What any of the plans notes, once."""
+    return list(dict.fromkeys(note for plan in plans for note in plan.notes))
+
+
+def _model_rows(table: ModelTable) -> list[tuple[str, ...]]:
+    """The best plan of each model as a row."""
+    best = [one.best() for one in table.tables]
+    return [(plan.anatomy.source, format_count(plan.anatomy.parameters), *columns(plan)) for plan in best]
+
+
+def _models_heading(table: ModelTable) -> str:
+    plan = table.tables[0].best()
+    largest = next((one.best().anatomy.source for one in table.tables if one.best().fits), "none")
+    return f"The best plan of each model, on {plan.box!r}; {format_count(plan.tokens)} tokens; the largest that fits: {largest}"
+
+
+def models_text(table: ModelTable) -> str:
+    """One row a model for a terminal."""
+    lines = [_models_heading(table), *_text_table([("model", "parameters", *HEADS), *_model_rows(table)])]
+    return "\n".join([*lines, *(f"Note: {note}" for note in all_notes(one.best() for one in table.tables))])
+
+
+def models_html(table: ModelTable) -> str:
+    """One row a model for a notebook."""
+    rows = _html_table(("model", "parameters", *HEADS), _model_rows(table))
+    return f"<div><div>{html.escape(_models_heading(table))}</div>{rows}{_notes(all_notes(one.best() for one in table.tables))}</div>"
 
 
 def plan_text(plan: Plan) -> str:
@@ -117,7 +147,7 @@ def plan_html(plan: Plan) -> str:
     table = _html_table(("", "line", "bytes", "how"), rows, raw_first=True)
     fixes = f"<div>Any one of these fits: {html.escape(', '.join(str(fix) for fix in plan.fixes))}</div>" if plan.fixes else ""
     body = f"<div><b>{html.escape(plan.recipe.method)}</b>: {html.escape(text)}</div><div>{html.escape(speed)}</div>{_bar(plan, ordered)}{table}{fixes}"
-    return f"<div><div>{html.escape(heading(plan))}</div>{body}{_notes(plan)}</div>"
+    return f"<div><div>{html.escape(heading(plan))}</div>{body}{_notes(plan.notes)}</div>"
 
 
 def table_html(table: PlanTable) -> str:
@@ -126,7 +156,7 @@ def table_html(table: PlanTable) -> str:
     fixes = "".join(f"<div>{html.escape(plan.recipe.method)} would fit with: {html.escape(', '.join(str(fix) for fix in plan.fixes))}</div>"
                     for plan in table.plans if plan.fixes)  # fmt: skip
     bars = "".join(f"<div>{html.escape(plan.recipe.method)}</div>{_bar(plan, sorted(plan.peak_lines, key=lambda line: -line.bytes))}" for plan in table.plans)
-    return f"<div><div>{html.escape(heading(table.best()))}</div>{_html_table(HEADS, rows)}{bars}{fixes}{_notes(table.best())}</div>"
+    return f"<div><div>{html.escape(heading(table.best()))}</div>{_html_table(HEADS, rows)}{bars}{fixes}{_notes(all_notes(table.plans))}</div>"
 
 
 def _bar(plan: Plan, lines: list[Line]) -> str:
@@ -158,5 +188,5 @@ def _html_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], raw_fir
     return f'<table style="border-collapse:collapse;border:0;margin:4px 0"><tr style="background:none">{head}</tr>{body}</table>'
 
 
-def _notes(plan: Plan) -> str:
-    return "".join(f'<div style="max-width:60em;opacity:0.8">Note: {html.escape(note)}</div>' for note in plan.notes)
+def _notes(notes: Iterable[str]) -> str:
+    return "".join(f'<div style="max-width:60em;opacity:0.8">Note: {html.escape(note)}</div>' for note in notes)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, overload
 
 from sparklab.box import Box
-from sparklab.errors import RecipeError
+from sparklab.errors import ModelError, RecipeError
 from sparklab.model.anatomy import Anatomy
 from sparklab.planner.cost import cost
-from sparklab.planner.fixes import least_checkpointing
-from sparklab.planner.forecast import Plan, PlanTable
+from sparklab.planner.forecast import ModelTable, Plan, PlanTable
 from sparklab.planner.ledger import Ledger
 from sparklab.planner.recipe import METHODS, Method, Recipe
-from sparklab.units import format_count, is_na
+from sparklab.planner.search import checkpoint_setting, least_checkpointing
+from sparklab.units import is_na
 
 ROWS: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768)  # tokens per micro-batch to choose from
 GOOD_ENOUGH: Final = 1.05  # shorter rows make more updates of the same data, so the shortest within 5 % of the fastest is taken
-TOKENS_ASSUMED: Final = 10_000_000  # when nobody says how much there is to learn from
 LARGE_MODEL: Final = 30e9  # parameters from which on LoRA wants half the learning rate
 
 
@@ -25,12 +25,23 @@ LARGE_MODEL: Final = 30e9  # parameters from which on LoRA wants half the learni
 def plan(source: Recipe, *, box: Box | None = None, tokens: float | None = None) -> Plan: ...
 @overload
 def plan(source: str | Path | Anatomy, *, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any) -> PlanTable: ...
-def plan(source: Any, *, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any) -> Plan | PlanTable:
-    """What a recipe will hold and take on ``box`` (default: this one); or, for a model, the best plan of each method.
+@overload
+def plan(
+    source: Sequence[str | Path | Anatomy], *, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
+) -> ModelTable: ...
+def plan(source: Any, *, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any) -> Plan | PlanTable | ModelTable:
+    """What a recipe will hold and take on ``box`` (default: this one); or, for a model, the best plan of each method; or that of several models.
 
     ``source`` is a :class:`Recipe`, planned as it is, or a model (config.json, directory, hub name, ``"tiny"`` or :class:`Anatomy`): then
-    tokens per micro-batch and layers to checkpoint are solved for, unless ``changes`` (fields of a recipe) say them. ``tokens`` is the size
-    of the training data in tokens, one pass (default: 10 million, and the plan says so); the recipe's epochs and max_steps count on top.
+    tokens per micro-batch and layers to checkpoint are solved for, unless ``changes`` (fields of a recipe) say them; or a list of models.
+    ``tokens`` is the size of the training data in tokens, one pass (default: 10 million, and the plan says so); the recipe's epochs and
+    max_steps count on top.
+
+    ::
+
+        plan("path/to/8b").best()                                   # the fastest way to train it here
+        plan("path/to/8b", method="qlora").longest_context()        # the longest documents that fit
+        plan(["path/to/8b", "path/to/70b"]).largest()               # the largest of them that fits
 
     Reads config.json and nothing else. Raises ModelNotFound, ModelError, RecipeError, BoxError.
     """
@@ -42,9 +53,28 @@ def plan(source: Any, *, box: Box | None = None, method: Method | None = None, t
             asked = ", ".join(f"{name}=..." for name in (*(["method"] if method else []), *changes))
             raise RecipeError("a recipe is planned as it is", f"plan recipe.replace({asked})")
         return _forecast(source, Anatomy.read(source.model), box, tokens)
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        return ModelTable.ordered([plan(one, box=box, method=method, tokens=tokens, **changes) for one in _read_all(source)])
     anatomy = source if isinstance(source, Anatomy) else Anatomy.read(source)
     methods = METHODS if method is None else (method,)
     return PlanTable.ranked([_forecast(solve(anatomy, box, method, changes), anatomy, box, tokens) for method in methods])
+
+
+def _read_all(models: Sequence[str | Path | Anatomy]) -> list[Anatomy]:
+    """The anatomy of each; what is wrong with any of them is said at once."""
+    if not models:
+        raise ModelError("the list of models is empty", "name at least one")
+    found, errors = [], []
+    for model in models:
+        try:
+            found.append(model if isinstance(model, Anatomy) else Anatomy.read(model))
+        except ModelError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ModelError("\n".join(error.fact for error in errors), "; ".join(dict.fromkeys(error.fix for error in errors)))
+    return found
 
 
 def solve(anatomy: Anatomy, box: Box, method: Method, changes: dict[str, Any]) -> Recipe:
@@ -95,22 +125,10 @@ def _checkpointed(recipe: Recipe, anatomy: Anatomy, box: Box, fixed: bool) -> Re
     layers = least_checkpointing(peak, anatomy.layers, usable)
     if layers is None:
         return None
-    return recipe.replace(checkpoint_layers="none" if layers == 0 else "all" if layers == anatomy.layers else layers)
+    return recipe.replace(checkpoint_layers=checkpoint_setting(layers, anatomy.layers))
 
 
 def _forecast(recipe: Recipe, anatomy: Anatomy, box: Box, tokens: float | None) -> Plan:
-    """The plan of a recipe as it is, with its notes."""
-    notes = [box.note] if box.note else []
-    if tokens is None:
-        notes.append(f"time and energy are for {format_count(TOKENS_ASSUMED)} tokens of data, assumed: say tokens=... for yours")
-    total = (TOKENS_ASSUMED if tokens is None else tokens) * recipe.epochs
-    if recipe.max_steps is not None:
-        limit = recipe.max_steps * recipe.micro_batches_per_update * recipe.micro_batch_tokens
-        total = min(total, limit)
-    if anatomy.max_positions and recipe.max_length > anatomy.max_positions:
-        notes.append(f"max_length {recipe.max_length} is longer than the {anatomy.max_positions} positions the model was made for")
-    if box.resolve_dtype(recipe.dtype) == "bf16" and not box.has_native_bf16:
-        notes.append(f"{box.chip} does not compute in bf16: it is emulated, slower than fp32")
-    planned = Plan(recipe, anatomy, box, float(total), tuple(notes))
+    planned = Plan(recipe, anatomy, box, tokens)
     assert planned.peak_bytes > 0  # made now, so that a recipe that does not go with its model says so here and not when it is looked at
     return planned
