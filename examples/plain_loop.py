@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparklab.data.dataset import prepare
 from sparklab.data.lesson import lesson
 from sparklab.data.pack import epoch_order
-from sparklab.model.anatomy import TINY_PATH
+from sparklab.model.hub import TINY_PATH
 
 
 def train(steps: int, seed: int = 0) -> list[float]:

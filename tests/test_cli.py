@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from support import ROOT, run_cli, write_chats
 
-from sparklab.model.anatomy import TINY_PATH
+from sparklab.model.hub import TINY_PATH
 
 GOOD = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "sparklab"
 # Lowest first. A module belongs to the longest name it starts with.
 FLOORS = [
     ["sparklab.units", "sparklab.errors"],
-    ["sparklab.box", "sparklab.model.anatomy", "sparklab.model.families", "sparklab.model.source", "sparklab.model.hub"],
+    ["sparklab.box", *(f"sparklab.model.{name}" for name in ("anatomy", "families", "fields", "hub", "parts", "source"))],
     ["sparklab.planner"],
     ["sparklab.data"],
     ["sparklab.model"],
@@ -27,7 +27,7 @@ FLOORS = [
 ]
 
 # What the worker loads, and nobody else.
-TORCH = {"sparklab.engine", "sparklab.model.load", "sparklab.run.session", "sparklab.run.reporter", "sparklab.results.answers"}
+TORCH = {"sparklab.engine", "sparklab.model.load", "sparklab.model.blank", "sparklab.run.session", "sparklab.run.reporter", "sparklab.results.answers"}
 
 
 def modules():

@@ -1,138 +1,34 @@
-"""What a model is made of, read from its ``config.json`` alone: no weights, no torch, no remote code.
-
-A layer is a list of *parts* in the order they run. Each part names the tensors it reads and the one it writes, so whatever walks the list (the
-parameter count here, the memory ledger and the cost in :mod:`sparklab.planner`) needs no knowledge of families: a new family is a new list.
-Shapes below leave the batch out: B is 1 everywhere, since rows are packed.
-"""
+"""What a model is made of, read from its ``config.json`` alone: no weights, no torch, no remote code."""
 
 from __future__ import annotations
 
-import difflib
 import html
-import json
-import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from sparklab.errors import ModelError, ModelNotFound
+from sparklab.errors import ModelError
+from sparklab.model.families import ALIASES, FAMILIES, Family, sparse, turns
+from sparklab.model.fields import MOST_LAYERS, Fields, Kind, Shape
+from sparklab.model.hub import load_config
+from sparklab.model.parts import Attention, Block, Latent, Norm
 from sparklab.units import format_bytes, format_count
 
-TINY_PATH: Final = Path(__file__).resolve().parent / "tiny"
 MOST_PARAMETERS: Final = 10**14  # ten times the largest model anybody has described; more is a typing error
-SECONDS_TO_WAIT: Final = 10.0  # a plan is asked for interactively; a network that takes longer for 1 KB counts as none
 DTYPE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+ACTIVATIONS: Final = ("silu", "swish", "gelu", "gelu_pytorch_tanh")  # one kernel that keeps its input; others keep more
 
 
 @dataclass(frozen=True)
-class Linear:
-    """``writes[T, outputs] = reads[T, inputs] @ weight[outputs, inputs].T (+ bias[outputs])``."""
+class ParameterGroup:
+    """All parameters of one name and shape: ``count`` of them, one a layer or one in all."""
 
     name: str
-    reads: str
-    writes: str
-    inputs: int
-    outputs: int
-    group: str
-    """``attention`` or ``mlp``."""
-    bias: bool = False
-
-    @property
-    def parameters(self) -> int:
-        return self.inputs * self.outputs + (self.outputs if self.bias else 0)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm, computed in fp32: over ``width`` numbers, in each of ``groups`` slices of a token (heads, for a norm of queries or keys)."""
-
-    name: str
-    reads: str
-    writes: str
-    width: int
-    groups: int = 1
-
-    @property
-    def parameters(self) -> int:
-        return self.width
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary positions on one of queries and keys, ``width`` numbers a token."""
-
-    reads: str
-    writes: str
-    width: int
-    parameters: int = 0
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Causal attention of ``heads`` queries on ``kv_heads`` keys and values, each ``head_dim`` wide."""
-
-    query: str
-    key: str
-    value: str
-    writes: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    parameters: int = 0
-
-
-@dataclass(frozen=True)
-class Activation:
-    """A pointwise function (SiLU) that keeps its input for the backward pass."""
-
-    reads: str
-    writes: str
-    width: int
-    parameters: int = 0
-
-
-@dataclass(frozen=True)
-class Product:
-    """``left * right``, both kept for the backward pass."""
-
-    left: str
-    right: str
-    writes: str
-    width: int
-    parameters: int = 0
-
-
-@dataclass(frozen=True)
-class Residual:
-    """``stream + branch``; keeps nothing."""
-
-    stream: str
-    branch: str
-    writes: str
-    width: int
-    parameters: int = 0
-
-
-Part = Linear | Norm | Rotary | Attention | Activation | Product | Residual
-
-
-@dataclass(frozen=True)
-class Block:
-    """``count`` consecutive layers of the same parts. A layer reads the tensor ``x`` and writes ``y``."""
-
+    """The last two words of their name in transformers, as ``q_proj.weight``."""
+    shape: tuple[int, ...]
     count: int
-    parts: tuple[Part, ...]
-
-    @property
-    def parameters(self) -> int:
-        return self.count * sum(part.parameters for part in self.parts)
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        """The linear layers of one of these layers."""
-        return tuple(part for part in self.parts if isinstance(part, Linear))
 
 
 @dataclass(frozen=True)
@@ -176,6 +72,21 @@ class Anatomy:
     """Type of the stored weights, as the config names it."""
     blocks: tuple[Block, ...]
     """The layers, in order."""
+    last_norm: Norm
+    """The norm between layers and head."""
+    embedding: str = "embed_tokens"
+    """The embedding's name."""
+    scaled_embedding: bool = False
+    """What the embedding gives is multiplied by a constant."""
+    capped_logits: bool = False
+    """Logits are soft-capped."""
+    tables: str = "halves"
+    """Kind of the rotary tables, as in :class:`~sparklab.model.parts.Rotary`."""
+    table_count: int = 1
+    turned: int = 0
+    """Numbers of a head that rotary positions turn."""
+    notes: tuple[str, ...] = ()
+    """What the reader must know beside the figures."""
 
     @classmethod
     def read(cls, source: str | Path) -> Anatomy:
@@ -184,7 +95,7 @@ class Anatomy:
         Of a hub name only config.json is fetched. Raises :class:`ModelNotFound` where there is no such model, :class:`ModelError` with
         every fault of the config where it cannot be.
         """
-        return from_config(_load(str(source)), str(source))
+        return from_config(load_config(str(source)), str(source))
 
     @property
     def embedding_parameters(self) -> int:
@@ -198,7 +109,47 @@ class Anatomy:
     @property
     def parameters(self) -> int:
         """All parameters, a tied weight counted once: embedding, layers, last norm, head."""
-        return self.embedding_parameters + sum(block.parameters for block in self.blocks) + self.hidden + self.head_parameters
+        return self.embedding_parameters + sum(block.parameters for block in self.blocks) + self.last_norm.parameters + self.head_parameters
+
+    @property
+    def expert_parameters(self) -> int:
+        """Numbers in experts, which are no linear layers: 4-bit loading leaves them as they are, and LoRA on "all-linear" does not adapt them."""
+        return sum(block.count * experts.parameters for block in self.blocks for experts in block.experts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets: all but the experts it is not sent to."""
+        active = sum(block.count * experts.active_parameters for block in self.blocks for experts in block.experts)
+        return self.parameters - self.expert_parameters + active
+
+    @property
+    def groups(self) -> tuple[ParameterGroup, ...]:
+        """Every parameter by name and shape; their sizes sum to :attr:`parameters`."""
+        counts: dict[tuple[str, tuple[int, ...]], int] = {(f"{self.embedding}.weight", (self.vocabulary, self.hidden)): 1}
+        for block in self.blocks:
+            for part in block.parts:
+                for tensor in part.tensors:
+                    counts[tensor] = counts.get(tensor, 0) + block.count
+        for tensor in self.last_norm.tensors:
+            counts[tensor] = 1
+        if not self.tied_embeddings:
+            counts["lm_head.weight", (self.vocabulary, self.hidden)] = 1
+        return tuple(ParameterGroup(name, shape, count) for (name, shape), count in counts.items())
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers that a token leaves in the key-value cache, all layers together."""
+        total = 0
+        for block in self.blocks:
+            latent = next((part.cached for part in block.parts if isinstance(part, Latent)), 0)
+            heads = sum(part.kv_heads * (part.head_dim + (part.value_dim or part.head_dim)) for part in block.parts if isinstance(part, Attention))
+            total += block.count * (latent or heads)
+        return total
+
+    def table_bytes(self, width: int) -> int:
+        """Bytes a token of the rotary tables, which all layers share, where numbers are ``width`` bytes."""
+        each = {"wide": 2 * 4, "chunks": width, "complex": 4}.get(self.tables, 2 * width)
+        return self.table_count * self.turned * each
 
     @property
     def source_bytes(self) -> int:
@@ -232,12 +183,13 @@ class Anatomy:
     def to_dict(self) -> dict[str, Any]:
         """The figures for JSON."""
         names = ("source", "family", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "vocabulary", "tied_embeddings",
-                 "attention_bias", "mlp_bias", "max_positions", "dtype", "parameters", "source_bytes")  # fmt: skip
+                 "attention_bias", "mlp_bias", "max_positions", "dtype", "parameters", "active_parameters", "source_bytes")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
+        active = f" ({format_count(self.active_parameters)} active)" if self.expert_parameters else ""
         return (
-            f"Anatomy({self.source}: {self.family}, {format_count(self.parameters)} parameters, {self.layers} layers of {self.hidden}, "
+            f"Anatomy({self.source}: {self.family}, {format_count(self.parameters)} parameters{active}, {self.layers} layers of {self.hidden}, "
             f"{self.heads}/{self.kv_heads} heads of {self.head_dim}, vocabulary {self.vocabulary:,}{', tied' if self.tied_embeddings else ''})"
         )
 
@@ -247,6 +199,11 @@ class Anatomy:
             ("layers", f"{self.layers} of width {self.hidden:,}, inside {self.intermediate:,}"),
             ("heads", f"{self.heads} queries, {self.kv_heads} keys and values, each {self.head_dim}"),
             ("vocabulary", f"{self.vocabulary:,}{', head tied to the embedding' if self.tied_embeddings else ''}"),
+            *(
+                [("experts", f"{format_count(self.expert_parameters)} parameters in experts; a token meets {format_count(self.active_parameters)} in all")]
+                if self.expert_parameters
+                else []
+            ),
             ("longest text", f"{self.max_positions:,} tokens" if self.max_positions else "N/A"),
         ]
         cell = 'style="text-align:left;padding:2px 12px 2px 0;border:0;background:none"'
@@ -258,133 +215,23 @@ class Anatomy:
 # Reading the config ------------------------------------------------------------------------------------------------------------------------
 
 
-class _Fields:
-    """Reads a config's fields and collects every fault instead of stopping at the first."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = values
-        self.faults: list[str] = []
-
-    def count(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number of at least ``least``; 0 stands in for a faulty one, so that later checks can go on."""
-        value = self.values.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            self.faults.append(f"{name} is missing")
-            return 0
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self.faults.append(f"{name} is {value!r}; it must be a whole number of at least {least}")
-            return 0
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.values.get(name, default)
-        if not isinstance(value, bool):
-            self.faults.append(f"{name} is {value!r}; it must be true or false")
-            return default
-        return value
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """The numbers that all decoder families share."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True)
-class _Family:
-    """What sets a family apart: its defaults, as transformers has them, and its list of parts."""
-
-    parts: Callable[[_Shape, bool, bool], Iterator[Part]]
-    kv_heads: int | None = None
-    """Key-value heads where the config names none; None: as many as heads."""
-    head_dim: int | None = None
-    """Head width where the config names none; None: hidden / heads."""
-    attention_bias: bool | None = None
-    """None: as the config says, else always so."""
-    mlp_bias: bool | None = False
-    output_bias: bool = True
-    """The attention's output projection has a bias where queries have one."""
-    norm_heads: bool = False
-    """Queries and keys are normed, head by head."""
-
-
-def _decoder(shape: _Shape, attention_bias: bool, mlp_bias: bool, output_bias: bool = True, norm_heads: bool = False) -> Iterator[Part]:
-    """A pre-norm layer with rotary grouped-query attention and a gated MLP, in the order transformers runs it."""
-    h, f = shape.hidden, shape.intermediate
-    q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    yield Norm("input_layernorm", "x", "normed_1", h)
-    yield Linear("q_proj", "normed_1", "q", h, q, "attention", attention_bias)
-    if norm_heads:
-        yield Norm("q_norm", "q", "q_normed", shape.head_dim, shape.heads)
-    yield Linear("k_proj", "normed_1", "k", h, k, "attention", attention_bias)
-    if norm_heads:
-        yield Norm("k_norm", "k", "k_normed", shape.head_dim, shape.kv_heads)
-    yield Linear("v_proj", "normed_1", "v", h, k, "attention", attention_bias)
-    yield Rotary("q_normed" if norm_heads else "q", "q_turned", q)
-    yield Rotary("k_normed" if norm_heads else "k", "k_turned", k)
-    yield Attention("q_turned", "k_turned", "v", "mixed", shape.heads, shape.kv_heads, shape.head_dim)
-    yield Linear("o_proj", "mixed", "attended", q, h, "attention", attention_bias and output_bias)
-    yield Residual("x", "attended", "middle", h)
-    yield Norm("post_attention_layernorm", "middle", "normed_2", h)
-    yield Linear("gate_proj", "normed_2", "gate", h, f, "mlp", mlp_bias)
-    yield Activation("gate", "activated", f)
-    yield Linear("up_proj", "normed_2", "up", h, f, "mlp", mlp_bias)
-    yield Product("activated", "up", "gated", f)
-    yield Linear("down_proj", "gated", "down", f, h, "mlp", mlp_bias)
-    yield Residual("middle", "down", "y", h)
-
-
-def _qwen2(shape: _Shape, attention_bias: bool, mlp_bias: bool) -> Iterator[Part]:
-    return _decoder(shape, attention_bias, mlp_bias, output_bias=False)
-
-
-def _qwen3(shape: _Shape, attention_bias: bool, mlp_bias: bool) -> Iterator[Part]:
-    return _decoder(shape, attention_bias, mlp_bias, norm_heads=True)
-
-
-FAMILIES: Final[dict[str, _Family]] = {
-    "llama": _Family(_decoder, mlp_bias=None),
-    "mistral": _Family(_decoder, kv_heads=8, attention_bias=False),
-    "qwen2": _Family(_qwen2, kv_heads=32, attention_bias=True),
-    "qwen3": _Family(_qwen3, kv_heads=32, head_dim=128),
-}
-
-
 def from_config(values: Any, source: str) -> Anatomy:
-    """The anatomy that a parsed config.json describes. Raises :class:`ModelError` naming every fault."""
+    """The anatomy that a parsed config.json describes; of a multimodal model its text part. Raises :class:`ModelError` naming every fault."""
     if not isinstance(values, dict):
         raise ModelError(f"{source}: config.json holds {type(values).__name__}, not an object", "point at the config.json of a transformers model")
-    family = _family(values, source)
-    fields = _Fields(values)
-    heads = fields.count("num_attention_heads")
-    hidden = fields.count("hidden_size")
-    if values.get("head_dim") is None and family.head_dim is None and heads and hidden % heads:
-        fields.faults.append(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
-    shape = _Shape(
-        hidden=hidden,
-        intermediate=fields.count("intermediate_size"),
-        layers=fields.count("num_hidden_layers"),
-        heads=heads,
-        kv_heads=fields.count("num_key_value_heads", default=(family.kv_heads or heads or 1)),
-        head_dim=fields.count("head_dim", default=family.head_dim or (hidden // heads if heads else 1) or 1),
-    )
-    if shape.heads and shape.kv_heads and shape.heads % shape.kv_heads:
-        fields.faults.append(f"num_attention_heads {shape.heads} is not a multiple of num_key_value_heads {shape.kv_heads}")
-    if shape.head_dim % 2:
-        fields.faults.append(f"heads are {shape.head_dim} wide; rotary positions need an even width")
-    attention_bias = fields.flag("attention_bias", False) if family.attention_bias is None else family.attention_bias
-    mlp_bias = fields.flag("mlp_bias", False) if family.mlp_bias is None else family.mlp_bias
+    values, notes = _text_part(values)
+    name, family = _family(values, source)
+    fields = Fields(values, family.defaults)
+    shape = _shape(fields, family)
+    blocks, windows = _blocks(fields, family, shape)
+    act = str(fields.values.get("hidden_activation") or fields.values.get("hidden_act") or "silu")
+    if act not in ACTIVATIONS:
+        fields.faults.append(f"hidden_act is {act!r}; known are {', '.join(ACTIVATIONS)}")
+    if fields.values.get("use_bidirectional_attention"):
+        fields.faults.append("use_bidirectional_attention is true; only models that write from left to right can be trained here")
     anatomy = Anatomy(
         source=source,
-        family=str(values["model_type"]),
+        family=name,
         hidden=shape.hidden,
         intermediate=shape.intermediate,
         layers=shape.layers,
@@ -392,104 +239,109 @@ def from_config(values: Any, source: str) -> Anatomy:
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         vocabulary=fields.count("vocab_size"),
-        tied_embeddings=fields.flag("tie_word_embeddings", False),
-        attention_bias=attention_bias,
-        mlp_bias=mlp_bias,
+        tied_embeddings=fields.flag("tie_word_embeddings", family.tied),
+        attention_bias=shape.attention_bias,
+        mlp_bias=shape.mlp_bias,
         max_positions=fields.count("max_position_embeddings", default=0, least=0),
         dtype=str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"),
-        blocks=(Block(shape.layers, tuple(family.parts(shape, attention_bias, mlp_bias))),),
+        blocks=blocks,
+        last_norm=Norm(family.names[1], "x", "normed", shape.hidden, 1, family.norm),
+        embedding=family.names[0],
+        scaled_embedding=family.scaled_embedding,
+        capped_logits=fields.number("final_logit_softcapping"),
+        tables=family.tables,
+        table_count=len(windows) if name == "gemma3_text" else 1,  # it turns at another pace where a window slides
+        turned=shape.turned,
+        notes=notes,
     )
     if not fields.faults and anatomy.parameters > MOST_PARAMETERS:
         fields.faults.append(f"these shapes make {anatomy.parameters:.2g} parameters; no model has more than {MOST_PARAMETERS:.0e}")
     if fields.faults:
-        raise ModelError(f"The config of {source} cannot be:\n" + "\n".join(f"  - {fault}" for fault in fields.faults), "mend or re-download config.json")
+        listed = "\n".join(f"  - {fault}" for fault in dict.fromkeys(fields.faults))
+        raise ModelError(f"The config of {source} cannot be:\n{listed}", "mend or re-download config.json")
     return anatomy
 
 
-def _family(values: dict[str, Any], source: str) -> _Family:
+def _text_part(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The language model's own config, and what to say about the rest."""
+    inner = values.get("text_config")
+    if not isinstance(inner, dict):
+        return values, ()
+    outer = {key: values[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config") if values.get(key) is not None}
+    note = f"this is the text part of a {values.get('model_type')!r} model; what reads pictures or sound is not counted"
+    return {**outer, **inner}, (note,)
+
+
+def _family(values: Mapping[str, Any], source: str) -> tuple[str, Family]:
     """The family a config names, or an error that says which are known."""
     known = ", ".join(sorted(FAMILIES))
     name = values.get("model_type")
     if name is None:
         raise ModelError(f"{source}: config.json names no model_type", f"it is not the config of a transformers model; known families: {known}")
+    name = ALIASES.get(str(name), str(name))
     if name not in FAMILIES:
         raise ModelError(f"{source} is of the family {name!r}, whose anatomy is not known", f"use a model of one of: {known}")
     if values.get("quantization_config") is not None:
         raise ModelError(f"{source} is already quantised", "name the unquantised original; method='qlora' quantises it while loading")
-    return FAMILIES[name]
+    return name, FAMILIES[name]
 
 
-def _load(source: str) -> Any:
-    """The parsed config.json that ``source`` means; asked of the hub only where no such path exists and the name has the hub's form."""
-    path = TINY_PATH if source == "tiny" else Path(source).expanduser()
-    if path.is_dir():
-        path = path / "config.json"
-        if not path.is_file():
-            raise ModelNotFound(f"The directory {path.parent} has no config.json", _nearest(path))
-    elif not path.is_file():
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) or source.endswith(".json"):
-            raise ModelNotFound(f"No model at {source!r}", _nearest(path))
-        return _parse(_fetch_config(source), source)
-    try:
-        return _parse(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{path} is not JSON: {error}", "point at the model's config.json") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}", "check the file's permissions") from None
+def _shape(fields: Fields, family: Family) -> Shape:
+    """The numbers that all families share, checked against each other."""
+    hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    whole = not hidden % heads
+    if fields.values.get("head_dim") is None and family.head_dim is None and family.latent is None and not whole:
+        fields.faults.append(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
+    silent = "num_key_value_heads" not in fields.values
+    kv_heads = fields.count("num_key_value_heads", default=(silent and family.kv_heads) or heads)
+    if family.mixture is None or family.latent is not None or "mlp_only_layers" in fields.values:
+        intermediate = fields.count("intermediate_size")
+    else:
+        intermediate = fields.count("intermediate_size", default=1)
+    head_dim = fields.count("head_dim", default=family.head_dim or max(1, hidden // heads))
+    latent = family.latent(fields) if family.latent else None
+    turned = latent.turned if latent else int(head_dim * _turned_share(fields, family))
+    if heads % kv_heads:
+        fields.faults.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if turned % 2 or not turned:
+        fields.faults.append(f"rotary positions turn {turned} numbers of each head; it must be an even number")
+    mixture = family.mixture(fields) if family.mixture else None
+    if mixture and mixture.active > mixture.experts:
+        fields.faults.append(f"num_experts_per_tok {mixture.active} is more than the {mixture.experts} experts there are")
+    return Shape(
+        hidden=hidden, intermediate=intermediate, layers=fields.count("num_hidden_layers", most=MOST_LAYERS), heads=heads, kv_heads=kv_heads,
+        head_dim=head_dim, turned=turned,
+        attention_bias=fields.flag("attention_bias", False) if family.attention_bias is None else family.attention_bias,
+        mlp_bias=fields.flag("mlp_bias", False) if family.mlp_bias is None else family.mlp_bias,
+        capped=fields.number("attn_logit_softcapping"), parallel=fields.flag("use_parallel_residual", True), mixture=mixture, latent=latent,
+    )  # fmt: skip
 
 
-def _parse(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ModelError(f"{name} is not JSON: {error}", "point at the model's config.json, or download it again") from None
+def _turned_share(fields: Fields, family: Family) -> float:
+    """Share of a head that rotary positions turn: 1, but for families that join the turned with the rest."""
+    if family.tables != "joined":
+        return 1.0
+    nested = [fields.values.get(name) for name in ("rope_parameters", "rope_scaling")]
+    places: list[Mapping[str, Any]] = [fields.values, *(place for place in nested if isinstance(place, dict))]
+    found = [place[name] for place in places for name in ("partial_rotary_factor", "rotary_pct") if isinstance(place.get(name), (int, float))]
+    share = float(found[0]) if found else 1.0
+    if not 0 < share <= 1:
+        fields.faults.append(f"partial_rotary_factor is {share}; it must be above 0 and at most 1")
+        return 1.0
+    return share
 
 
-def _nearest(path: Path) -> str:
-    """The likeliest thing that was meant: a sibling of nearly that name, the bundled model, or the forms a name can have."""
-    forms = "give a directory with config.json, a config.json, a hub name (owner/name) or 'tiny', the bundled model"
-    try:
-        siblings = sorted(item.name for item in path.parent.iterdir() if item.is_dir() or item.suffix == ".json")
-    except OSError:
-        return f"the directory {path.parent} does not exist or cannot be read; {forms}"
-    close = difflib.get_close_matches(path.name, [*siblings, "tiny"], n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0] if close[0] == 'tiny' and 'tiny' not in siblings else str(path.parent / close[0])!r}? Else {forms}"
-    return forms
-
-
-def _fetch_config(name: str) -> str:
-    """The text of ``config.json`` of hub model ``owner/name``: from the local cache, else asked for once.
-
-    Raises :class:`ModelNotFound`, within ten seconds, whatever went wrong.
-    """
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - only a hub name needs it
-
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str):
-        return Path(cached).read_text(encoding="utf-8")
-    answers: list[tuple[str, str]] = []
-    # A thread, because name resolution on a half-dead network ignores every timeout; a plain request, because hf_hub_download retries for minutes.
-    thread = threading.Thread(target=lambda: answers.append(_ask_hub(name)), daemon=True)
-    thread.start()
-    thread.join(SECONDS_TO_WAIT)
-    text, reason = answers[0] if answers else ("", f"the hub did not answer in {SECONDS_TO_WAIT:.0f} seconds")
-    if text:
-        return text
-    raise ModelNotFound(f"No model {name!r}: no such path here, not in the local hub cache, and {reason}",
-                        "check the spelling and the network; a gated model needs `hf auth login`; 'tiny' works offline")  # fmt: skip
-
-
-def _ask_hub(name: str) -> tuple[str, str]:
-    """(config.json's text, "") or ("", why there is none)."""
-    from huggingface_hub import get_session, hf_hub_url  # noqa: PLC0415 - only a hub name needs it
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # noqa: PLC0415 - exported without saying so
-
-    try:
-        answer = get_session().get(hf_hub_url(name, "config.json"), headers=build_hf_headers(), timeout=SECONDS_TO_WAIT / 2)
-    except Exception as error:  # noqa: BLE001 - the transport's dozens of unrelated types all mean the same here
-        return "", f"the hub cannot be reached ({type(error).__name__})"
-    reasons = {401: "the hub has none of this name (or it is private)", 403: "the hub says it is gated", 404: "the hub has no such config.json"}
-    if answer.status_code != 200:
-        return "", reasons.get(answer.status_code, f"the hub answered {answer.status_code}")
-    return answer.text, ""
+def _blocks(fields: Fields, family: Family, shape: Shape) -> tuple[tuple[Block, ...], set[int]]:
+    """The layers, equal neighbours together, and the windows they look through (0: everything before)."""
+    if fields.faults:  # with stand-ins for numbers there is no use in layers
+        return (), set()
+    window = 0
+    if family.slides and (not family.switch or fields.flag(family.switch, False)) and fields.values.get("sliding_window") is not None:
+        window = fields.count("sliding_window")
+    types = fields.listed("layer_types", shape.layers) if family.listed and family.slides else None
+    kinds = []
+    for index in range(shape.layers):
+        slides = window and (types[index] == "sliding_attention" if types else family.slides is not None and family.slides(fields, index))
+        kinds.append(Kind(window if slides else 0, turns(fields, index), shape.mixture is not None and sparse(fields, index)))
+    parts = {kind: tuple(family.parts(shape, kind)) for kind in set(kinds)}
+    return tuple(Block(len(list(run)), parts[kind]) for kind, run in groupby(kinds)), {kind.window for kind in kinds}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparklab.errors import ModelError
-from sparklab.model.anatomy import TINY_PATH
+from sparklab.model.hub import TINY_PATH
 
 
 def resolve(model: str) -> str:

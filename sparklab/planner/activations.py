@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sparklab.model.anatomy import Activation, Attention, Linear, Norm, Part, Product, Residual, Rotary
+from sparklab.errors import ModelError
+from sparklab.model.parts import Activation, Attention, Linear, Norm, Part, Product, Residual, Rotary
 from sparklab.planner.tape import Tape
 
 Backward = Callable[[Tape], None]
@@ -104,8 +105,10 @@ def _reads(part: Part) -> tuple[str, ...]:
             return (part.left, part.right)
         case Residual():
             return (part.stream, part.branch)
-        case _:
+        case Linear() | Norm() | Rotary() | Activation():
             return (part.reads,)
+        case _:
+            return ()
 
 
 def _forward(parts: tuple[Part, ...], tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> list[Backward]:
@@ -152,6 +155,8 @@ def _run(part: Part, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -
             return _pointwise(part, tape, engine, saves, grads)
         case Residual():
             return _residual(part, tape, engine, grads)
+        case _:
+            raise ModelError(f"what a {type(part).__name__} keeps for its backward pass is not known", "use a dense model of another family")
 
 
 def _linear(part: Linear, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:

@@ -13,7 +13,8 @@ from typing import Final
 
 from sparklab.box import Box
 from sparklab.errors import RecipeError
-from sparklab.model.anatomy import DTYPE_BYTES, Anatomy, Linear, LinearGroup, Norm, Part, Residual
+from sparklab.model.anatomy import DTYPE_BYTES, Anatomy, LinearGroup
+from sparklab.model.parts import Linear, Norm, Part, Residual
 from sparklab.planner.activations import Engine, LayerBytes, layer_bytes
 from sparklab.planner.recipe import Recipe
 from sparklab.units import GIB, MIB

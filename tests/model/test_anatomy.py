@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sparklab.errors import ModelError, ModelNotFound
-from sparklab.model import anatomy as module
-from sparklab.model.anatomy import FAMILIES, Anatomy, from_config
+from sparklab.model import hub
+from sparklab.model.anatomy import Anatomy, from_config
 
 CONFIGS = Path(__file__).parents[1] / "planner" / "configs"
 SMALL: dict[str, Any] = {
@@ -50,36 +50,10 @@ def test_targets() -> None:
         anatomy.targeted(("qproj", "k_proj"))
 
 
-GRID = [
-    {},
-    {"tie_word_embeddings": True},
-    {"attention_bias": True, "mlp_bias": True},
-    {"head_dim": 24},
-    {"num_key_value_heads": 4, "num_hidden_layers": 1},
-    {"num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True, "vocab_size": 301},
-]
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_parameters_are_those_transformers_builds(family: str) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    counted = 0
-    for changes in GRID:
-        values = {**SMALL, **changes, "model_type": family}
-        config = AutoConfig.for_model(**values)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        assert from_config(values, "small").parameters == sum(parameter.numel() for parameter in model.parameters()), values
-        counted += 1
-    assert counted == len(GRID)
-
-
 def test_a_directory_a_file_and_the_bundled_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     assert Anatomy.read(tmp_path).parameters == Anatomy.read(str(tmp_path / "config.json")).parameters
-    if (module.TINY_PATH / "config.json").is_file():
+    if (hub.TINY_PATH / "config.json").is_file():
         assert 2_000_000 <= Anatomy.read("tiny").parameters <= 5_000_000
 
 
@@ -100,8 +74,8 @@ def test_every_fault_is_named_at_once() -> None:
         ({"hidden_size": 10**7, "intermediate_size": 10**7}, "parameters; no model has more"),
         ({"hidden_size": -64}, "hidden_size is -64"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-        ({"head_dim": 15}, "even width"),
-        ({"model_type": "mamba"}, r"(?s)'mamba'.*llama, mistral, qwen2, qwen3"),
+        ({"head_dim": 15}, "it must be an even number"),
+        ({"model_type": "mamba"}, r"(?s)'mamba'.*llama, mistral, mixtral"),
         ({"model_type": None}, "names no model_type"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantised"),
     ],
@@ -166,7 +140,7 @@ def test_a_network_that_never_answers_does_not_hang(monkeypatch: pytest.MonkeyPa
     import threading
 
     never = threading.Event()
-    monkeypatch.setattr(module, "SECONDS_TO_WAIT", 0.05)
+    monkeypatch.setattr(hub, "SECONDS_TO_WAIT", 0.05)
     monkeypatch.setattr("huggingface_hub.get_session", lambda: never.wait(5))
     with pytest.raises(ModelNotFound, match="did not answer"):
         Anatomy.read("someone/no-such-model-7f3a")

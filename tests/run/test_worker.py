@@ -61,7 +61,7 @@ def test_the_adapter_is_plain_pefts(small_recipe, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sparklab.model.anatomy import TINY_PATH
+    from sparklab.model.hub import TINY_PATH
 
     run = sl.train(small_recipe(), tmp_path / "run", inline=True, panel=False)
     base = AutoModelForCausalLM.from_pretrained(TINY_PATH, dtype=torch.float32)
