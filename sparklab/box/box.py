@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sparklab.box.detect import detect_facts
+from sparklab.box.others import CACHE, SWAP
 from sparklab.box.profiles import PROFILES
 from sparklab.errors import BoxError
 from sparklab.units import NA, format_bytes, is_na, jsonable
@@ -56,6 +57,8 @@ class Box:
     """A GPU computes; if not, the CPU does."""
     available_bytes: float = NA
     """What was available when the box was detected; ``NA`` for a profile."""
+    held: Mapping[str, float] = field(default_factory=dict)
+    """What else held memory when the box was detected, in bytes: processes by name, ``swap``, ``page cache``; empty for a profile."""
     reserve_bytes: float = 0.0
     """Memory that no plan may touch, so that the system never runs dry."""
     runtime_bytes: float = 0.0
@@ -89,6 +92,23 @@ class Box:
         """Memory a plan may fill on one device: what is available now (a profile: all there is) less the reserve."""
         have = self.memory_bytes if is_na(self.available_bytes) else self.available_bytes
         return NA if is_na(have) else max(0.0, have - self.reserve_bytes)
+
+    def in_the_way(self, needed_bytes: float) -> tuple[str, ...]:
+        """What else holds the memory that a plan of ``needed_bytes`` would need, in words; nothing where it is not in the way."""
+        idle = self.memory_bytes - self.reserve_bytes
+        if is_na(idle) or needed_bytes > idle:  # too large for the box itself
+            return ()
+        swap, cache = self.held.get(SWAP, 0.0), self.held.get(CACHE, 0.0)
+        processes = [f"{name} {format_bytes(size)}" for name, size in self.held.items() if name not in (SWAP, CACHE)]
+        notes = []
+        if needed_bytes > self.usable_bytes and processes:
+            notes.append(f"with nothing else running it would fit ({format_bytes(idle)}): memory is held by {', '.join(processes)}")
+        if swap and needed_bytes + swap > self.usable_bytes:
+            notes.append(f"{format_bytes(swap)} lie in swap and come back into memory when their owners run")
+        if cache and self.is_gpu and self.usable_bytes - cache < needed_bytes <= self.usable_bytes:
+            notes.append(f"{format_bytes(cache)} of the usable memory are page cache, which a GPU does not always get at once: "
+                         "`sudo sh -c 'sync; echo 1 > /proc/sys/vm/drop_caches'` empties it")  # fmt: skip
+        return tuple(notes)
 
     def resolve_dtype(self, dtype: str) -> str:
         """``auto`` as ``bf16`` where the chip computes it natively, else ``fp32``; any other name unchanged."""

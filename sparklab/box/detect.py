@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparklab.box.meter import read_memory
+from sparklab.box.others import held_by_others, held_on_gpus
 from sparklab.box.profiles import CHIPS, PROFILES
 from sparklab.units import GIB, MIB, NA, is_na
 
@@ -61,6 +62,7 @@ def _gpu(root: Path, run: Runner) -> dict[str, Any] | None:
         available_bytes=memory.available_bytes if unified else min((float(row[2]) * MIB for row in rows if _is_number(row[2])), default=NA),
         has_native_bf16=_is_number(capability) and float(capability) >= 8.0,
         devices=len(rows),
+        held=held_by_others(root / "proc", memory) if unified else held_on_gpus(root / "proc", run),
         reserve_bytes=reserve,
         runtime_bytes=2.0 * GIB if unified else 0.6 * GIB,
     )
@@ -104,6 +106,7 @@ def _cpu(root: Path) -> dict[str, Any]:
         # AMX tiles do 16 times the work of a 512-bit vector; plain bf16 vectors do twice that of fp32.
         "bf16_flops": fp32_flops * (16 if "amx_bf16" in flags else 2) if native_bf16 else NA,
         "has_native_bf16": native_bf16,
+        "held": held_by_others(root / "proc", memory),
         "reserve_bytes": NA if is_na(total) else min(8.0 * GIB, 0.1 * total),
         "runtime_bytes": CPU_RUNTIME_BYTES,
         "sources": {"chip": "measured", "memory_bytes": "measured", "available_bytes": "measured", "has_native_bf16": "measured",

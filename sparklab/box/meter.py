@@ -49,8 +49,8 @@ class MemorySnapshot:
 
 def read_memory(proc: Path = Path("/proc"), pid: int | None = None) -> MemorySnapshot:
     """What the memory holds now, and what process ``pid`` (default: this one) holds of it. Never raises: what cannot be read is ``NA``."""
-    memory = _sizes(proc / "meminfo")
-    process = _sizes(proc / str(os.getpid() if pid is None else pid) / "status")
+    memory = read_sizes(proc / "meminfo")
+    process = read_sizes(proc / str(os.getpid() if pid is None else pid) / "status")
     swap_used = memory.get("SwapTotal", NA) - memory.get("SwapFree", NA)
     # Shmem (tmpfs) is counted inside Cached but cannot be dropped.
     cached = memory.get("Cached", NA) + memory.get("Buffers", 0.0) + memory.get("SReclaimable", 0.0) - memory.get("Shmem", 0.0)
@@ -66,7 +66,7 @@ def read_memory(proc: Path = Path("/proc"), pid: int | None = None) -> MemorySna
     )
 
 
-def _sizes(path: Path) -> dict[str, float]:
+def read_sizes(path: Path) -> dict[str, float]:
     """Lines like ``MemTotal:  24684092 kB`` as {name: bytes}; other lines are skipped."""
     sizes: dict[str, float] = {}
     try:

@@ -68,7 +68,7 @@ class Plan:
             notes.append(f"max_length {recipe.max_length} is longer than the {anatomy.max_positions} positions the model was made for")
         if self.ledger.dtype == "bf16" and not box.has_native_bf16:
             notes.append(f"{box.chip} does not compute in bf16: it is emulated, slower than fp32")
-        return tuple(notes)
+        return (*notes, *box.in_the_way(self.peak_bytes))
 
     @cached_property
     def ledger(self) -> Ledger:

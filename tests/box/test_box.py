@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -144,6 +145,40 @@ def test_detect_unknown_gpus(tmp_path: Path) -> None:
     assert is_na(box.power_watts)
     assert "not one pool" in box.note
     assert "N/A" in box.describe()
+
+
+def status(rss_anon_gib: int) -> str:
+    return f"Name:\tx\nVmRSS:\t{99 * 2**20} kB\nRssAnon:\t{rss_anon_gib * 2**20} kB\nRssFile:\t{50 * 2**20} kB\nRssShmem:\t0 kB\n"
+
+
+def test_what_stands_in_the_way_is_named(tmp_path: Path) -> None:
+    files = {"proc__7__status": status(3), "proc__7__comm": "jupyter\x1b\n", "proc__8__status": status(12), "proc__8__comm": "ollama\n",
+             f"proc__{os.getpid()}__status": status(40), "proc__9__status": status(0), "proc__self__status": status(9)}  # fmt: skip
+    meminfo = MEMINFO.replace("SwapFree:        8286208", "SwapFree:        2097152")
+    box = Box(**detect_facts(machine(tmp_path, meminfo, cpuinfo=ARM, **files), smi("NVIDIA GB10, [N/A], [N/A], 12.1"), "Linux"))  # type: ignore[arg-type]
+    cache = (102400 + 83886080 + 2097152 - 1048576) * KIB
+    assert box.held == {"ollama (process 8)": 12 * GIB, "jupyter (process 7)": 3 * GIB, "swap": 6 * GIB, "page cache": cache}
+    assert box.usable_bytes == 92 * GIB
+    assert box.in_the_way(5 * GIB) == ()  # nothing is
+    (way,) = box.in_the_way(50 * GIB)
+    assert way.startswith("81.1 GiB of the usable memory are page cache")
+    processes, swap = box.in_the_way(100 * GIB)
+    assert processes == "with nothing else running it would fit (112 GiB): memory is held by ollama (process 8) 12 GiB, jupyter (process 7) 3 GiB"
+    assert swap == "6 GiB lie in swap and come back into memory when their owners run"
+    assert box.in_the_way(113 * GIB) == ()  # the box itself is too small
+    assert Box.profile("dgx-spark").in_the_way(50 * GIB) == ()
+
+
+def test_a_discrete_gpu_counts_its_own_memory(tmp_path: Path) -> None:
+    def run(command: Sequence[str]) -> str:
+        return "8, 9000\n7, 100\nnonsense\n8, 1240" if "compute-apps" in command[1] else "NVIDIA Something, 24576, 14000, 8.9"
+
+    root = machine(tmp_path, **{"proc__8__comm": "ollama", "proc__7__status": status(30)})
+    box = Box(**detect_facts(root, run, "Linux"))
+    assert box.held == {"ollama (process 8)": 10 * GIB}
+    assert box.usable_bytes == 14000 * 2**20 - 1 * GIB
+    (way,) = box.in_the_way(20 * GIB)
+    assert "ollama (process 8) 10 GiB" in way
 
 
 def test_detect_with_nothing_to_read(tmp_path: Path) -> None:
