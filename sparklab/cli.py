@@ -180,7 +180,7 @@ def _train(options: argparse.Namespace) -> int:
     from sparklab.planner import recipes  # noqa: PLC0415
 
     changes = _changes(options)
-    recipe = getattr(recipes, changes.pop("method", "lora"))(options.model, options.data, **changes)
+    recipe = recipes.sized(changes.pop("method", Recipe.method), options.model, options.data, **changes)
     return _follow(options, train(recipe, options.directory, panel=False, force=options.force), options.detach)
 
 

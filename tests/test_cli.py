@@ -44,6 +44,7 @@ BAD = [
     (["train", "tiny", "good.jsonl", "--run", "occupied"], "RunExists", "occupied"),
     (["train", "tiny", "good.jsonl", "--rank", "0", "--epochs", "-1"], "RecipeError", "epochs"),
     (["train", "tiny", "good.jsonl", "--held-out", "gone.jsonl"], "DataNotFound", "gone.jsonl"),
+    (["train", "tiny", "good.jsonl", "--method", "magic"], "RecipeError", "magic"),
     (["quickstart", "--method", "magic"], "RecipeError", "magic"),
     (["plan", "nowhere/config.json"], "ModelNotFound", "nowhere"),
     (["plan", "tiny", "--box", "toaster"], "BoxError", "dgx-spark"),

@@ -18,7 +18,10 @@ from sparklab.units import is_na
 
 ROWS: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768)  # tokens per micro-batch to choose from
 GOOD_ENOUGH: Final = 1.05  # shorter rows make more updates of the same data, so the shortest within 5 % of the fastest is taken
-LARGE_MODEL: Final = 30e9  # parameters from which on LoRA wants half the learning rate
+FULL_RATE: Final = 2e-5  # learning rates that are sound to start from
+ADAPTER_RATE: Final = 2e-4
+LARGE_ADAPTER_RATE: Final = 1e-4
+LARGE_MODEL: Final = 30e9  # parameters from which on adapters want that one
 
 
 @overload
@@ -99,7 +102,7 @@ def solve(anatomy: Anatomy, box: Box, method: Method, changes: dict[str, Any]) -
 
 def starting_recipe(anatomy: Anatomy, method: Method, changes: dict[str, Any]) -> Recipe:
     """A complete recipe before it is sized: learning rate by method and size, documents no longer than the model can read or a row is."""
-    sound = {"learning_rate": 2e-5 if method == "full" else 1e-4 if anatomy.parameters >= LARGE_MODEL else 2e-4}
+    sound: dict[str, Any] = {"learning_rate": FULL_RATE if method == "full" else LARGE_ADAPTER_RATE if anatomy.parameters >= LARGE_MODEL else ADAPTER_RATE}
     longest = Recipe.max_length
     if anatomy.max_positions:
         longest = min(longest, anatomy.max_positions)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ROOT
 
 from sparklab.box import Box
 from sparklab.errors import DoesNotFit, ModelError, ModelNotFound, RecipeError
@@ -264,6 +267,25 @@ def test_named_recipes_are_complete_and_sized() -> None:
     assert recipes.lora(LLAMA_8B, "chats.jsonl", box=SPARK, learning_rate=3e-4).learning_rate == 3e-4
     with pytest.raises(RecipeError, match="no field 'ranks'"):
         recipes.lora(LLAMA_8B, "chats.jsonl", box=SPARK, ranks=3)
+
+
+def test_the_recipes_for_a_128_gb_box_leave_room_and_stand_in_the_readme() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "named_recipes.py"))
+    named = {name for name in vars(recipes) if re.fullmatch(r"(full|lora|qlora)_\w+b", name)}
+    assert set(script["SHAPES"]) == named
+    assert len(named) >= 7
+    for name in named:
+        planned = script["planned"](name)
+        assert planned.peak_bytes < 0.95 * SPARK.usable_bytes, name
+        layers = planned.ledger.checkpointed
+        assert layers == 0 or planned.replace(checkpoint_layers="none").peak_bytes > 0.95 * SPARK.usable_bytes, f"{name} recomputes for nothing"
+        fastest = plan(planned.anatomy, box=SPARK, method=planned.recipe.method).best()
+        assert planned.tokens_per_second[0] > 0.9 * fastest.tokens_per_second[0], name
+        assert planned.recipe.learning_rate == fastest.recipe.learning_rate
+    assert script["table"]() in (ROOT / "README.md").read_text(), "run python benchmarks/named_recipes.py"
+    assert recipes.lora_8b("chats.jsonl", epochs=3).epochs == 3
+    with pytest.raises(RecipeError, match="no field 'ranks'"):
+        recipes.lora_8b("chats.jsonl", ranks=3)
 
 
 def test_answers_stay_within_their_cache() -> None:
