@@ -144,7 +144,9 @@ def row_loss(model: nn.Module, inputs: dict[str, Tensor], count: float, kind: st
     labels_T = torch.nn.functional.pad(inputs["labels"][0, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1
     head_VH = language_model.get_output_embeddings().weight
     loss = chunked_cross_entropy if kind == "chunked" else full_cross_entropy
-    return loss(hidden_TH, head_VH, labels_T, count)
+    config = language_model.config  # what transformers' own heads do with logits: Granite divides them, Gemma 2 caps them
+    scale, cap = 1.0 / getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
+    return loss(hidden_TH, head_VH, labels_T, count, scale=scale, cap=cap)
 
 
 def total_steps(recipe: Recipe, rows: int) -> int:

@@ -15,7 +15,8 @@ from sparklab.errors import ModelError, ModelNotFound
 from sparklab.model.source import check_trainable
 from sparklab.planner.recipe import Recipe
 
-ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Of all families; PEFT takes those that a model has. Phi's and GPT-NeoX' are fused, DeepSeek's come out of a latent.
+ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "dense", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 
 
 def pick_device() -> torch.device:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 
 from sparklab.errors import ModelError
 from sparklab.model.parts import Activation, Attention, Linear, Norm, Part, Product, Residual, Rotary
 from sparklab.planner.tape import Tape
 
 Backward = Callable[[Tape], None]
+ATTENTION_ROWS: Final = 256  # rows of queries that attention block by block (windows, soft-capped scores, sinks) takes at once
 
 
 @dataclass(frozen=True)

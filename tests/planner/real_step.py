@@ -1,4 +1,4 @@
-"""One real training step of a small Llama on the CPU, run as the worker runs it, under the storage tracker."""
+"""One real training step of a small model of any family on the CPU, run as the worker runs it, under the storage tracker."""
 
 from __future__ import annotations
 
@@ -6,44 +6,39 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparklab.engine import attention
-from sparklab.engine.loss import chunked_cross_entropy, full_cross_entropy
 from sparklab.engine.storages import StorageTracker
-from sparklab.model.load import causal_lm, set_checkpointing
+from sparklab.engine.trainer import row_loss
+from sparklab.model.load import add_adapters, causal_lm, decoder_layers, set_checkpointing
 from sparklab.planner.recipe import Recipe
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-def measured_peak(config: dict[str, Any], recipe: Recipe, documents: int) -> int:
+
+def measured_peak(config: dict[str, Any], recipe: Recipe, documents: int, tracker: StorageTracker | None = None) -> int:
     """Peak bytes of the second update (the first makes the optimizer's states) of a row of ``documents`` equal documents."""
     attention.register()
     torch.manual_seed(0)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.dtype]
-    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**config), attn_implementation=attention.NAME, dtype=dtype)
+    values, dtype = dict(config), DTYPES[recipe.dtype]
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), attn_implementation=attention.NAME, dtype=dtype)
     if recipe.method != "full":
         model.requires_grad_(False)
         if recipe.method == "qlora":
             _quantise(model, recipe, dtype)
-        targets = "all-linear" if recipe.targets == "all-linear" else ["q_proj", "k_proj", "v_proj", "o_proj"]
-        peft = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=targets, task_type="CAUSAL_LM")
-        model = get_peft_model(model, peft, autocast_adapter_dtype=False)
-        adapter_dtype = {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[recipe.adapter_dtype]
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(adapter_dtype)
+        model = add_adapters(model, recipe, DTYPES.get(recipe.adapter_dtype, dtype))
     set_checkpointing(model, recipe.checkpoint_layers)
     model.train()
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4, fused=True)
-    tracker = StorageTracker()
+    tracker = tracker or StorageTracker()
     for tensor in (*model.parameters(), *model.buffers(), *_constants(model)):
         tracker.watch(tensor)
     with tracker:
         for _update in range(2):
             tracker.peak_bytes = tracker.now_bytes
             for _ in range(recipe.micro_batches_per_update):
-                _loss(model, recipe, documents).backward()
+                row_loss(model, _row(model, recipe, documents), float(recipe.micro_batch_tokens), recipe.loss).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return tracker.peak_bytes
@@ -51,19 +46,20 @@ def measured_peak(config: dict[str, Any], recipe: Recipe, documents: int) -> int
 
 def _quantise(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
     """Every linear layer inside the layers as bitsandbytes' NF4, as transformers does it while loading."""
-    for layer in model.model.layers:
-        for module in (layer.self_attn, layer.mlp):
-            for name, linear in list(module.named_children()):
-                if isinstance(linear, torch.nn.Linear):
-                    packed = bitsandbytes.nn.Linear4bit(
-                        linear.in_features, linear.out_features, bias=False, compute_dtype=dtype,
-                        compress_statistics=recipe.double_quantization, quant_type="nf4",
-                    )  # fmt: skip
-                    packed.weight = bitsandbytes.nn.Params4bit(
-                        linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=recipe.double_quantization
-                    )
-                    packed.support_avx512bf16_for_cpu = False  # its repacked weights have no gradient
-                    setattr(module, name, packed.to("cpu"))
+    owners = [module for layer in decoder_layers(model) for module in layer.modules()]
+    for module in owners:
+        for name, linear in list(module.named_children()):
+            if type(linear) is torch.nn.Linear:
+                packed = bitsandbytes.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=dtype,
+                    compress_statistics=recipe.double_quantization, quant_type="nf4",
+                )  # fmt: skip
+                packed.weight = bitsandbytes.nn.Params4bit(
+                    linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=recipe.double_quantization
+                )
+                packed.bias = linear.bias
+                packed.support_avx512bf16_for_cpu = False  # its repacked weights have no gradient
+                setattr(module, name, packed.to("cpu"))
 
 
 def _constants(model: Any) -> list[torch.Tensor]:
@@ -73,14 +69,9 @@ def _constants(model: Any) -> list[torch.Tensor]:
     return [tensor for state in states for tensor in (state.absmax, state.code, state.offset) if isinstance(tensor, torch.Tensor)]
 
 
-def _loss(model: Any, recipe: Recipe, documents: int) -> torch.Tensor:
+def _row(model: Any, recipe: Recipe, documents: int) -> dict[str, torch.Tensor]:
     tokens = recipe.micro_batch_tokens
     length = tokens // documents
     ids = torch.randint(0, causal_lm(model).config.vocab_size, (1, tokens))
-    positions = torch.arange(length).repeat(documents)[None]
     borders = torch.arange(0, tokens + 1, length, dtype=torch.int32)
-    hidden = causal_lm(model).get_decoder()(
-        input_ids=ids, position_ids=positions, use_cache=False, cu_seq_lens_q=borders, cu_seq_lens_k=borders
-    ).last_hidden_state[0]  # fmt: skip
-    loss = chunked_cross_entropy if recipe.loss == "chunked" else full_cross_entropy
-    return loss(hidden, causal_lm(model).get_output_embeddings().weight, ids[0], float(tokens))
+    return {"input_ids": ids, "position_ids": torch.arange(length).repeat(documents)[None], "labels": ids, "cu_seq_lens_q": borders}
