@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparklab import errors as errors
-    from sparklab.api import Run, quickstart, train
+    from sparklab.api import Run, quickstart, rehearse, train
     from sparklab.box import Box
     from sparklab.data.lesson import lesson
     from sparklab.model.anatomy import Anatomy
@@ -41,12 +41,13 @@ _HOMES = {
     "plan": "sparklab.planner",
     "quickstart": "sparklab.api",
     "recipes": "sparklab.planner.recipes",
+    "rehearse": "sparklab.api",
     "train": "sparklab.api",
 }
 
 _MODULES = {"errors", "recipes"}
 
-__all__ = ["Anatomy", "Box", "ModelTable", "Plan", "PlanTable", "Recipe", "Run", "errors", "lesson", "plan", "quickstart", "recipes", "train"]
+__all__ = ["Anatomy", "Box", "ModelTable", "Plan", "PlanTable", "Recipe", "Run", "errors", "lesson", "plan", "quickstart", "recipes", "rehearse", "train"]
 
 
 def __getattr__(name: str) -> Any:

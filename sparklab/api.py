@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from sparklab.run.state import RunState
 
 if TYPE_CHECKING:
     from sparklab.panels.tables import Comparison, Evaluation
+    from sparklab.run.rehearsal import Rehearsal
 
 
 def train(recipe: Recipe, path: str | os.PathLike[str] | None = None, *, inline: bool = False, panel: bool = True, force: bool = False) -> Run:
@@ -54,6 +55,27 @@ def train(recipe: Recipe, path: str | os.PathLike[str] | None = None, *, inline:
     if panel and not inline:
         run._look(starting=True)
     return run
+
+
+def rehearse(recipe: Recipe, *, box: Box | None = None, force: bool = False, on_phase: Callable[[str], None] | None = None) -> Rehearsal:
+    """The recipe at full size with random weights and random tokens, nothing downloaded: what it holds and how fast it is, against its plan.
+
+    Loads, trains five updates on the longest micro-batch, evaluates, answers, saves and merges, in a process of its own, which may take no
+    more memory than the plan may. What it learns of this machine is kept for later plans. ``box`` plans for another box than this one; speeds
+    are always those of this machine. ``on_phase`` is told each phase as it begins. Of the model, config.json alone is read, and the data
+    not at all.
+
+    Raises DoesNotFit before anything is allocated (``force=True`` tries what does not fit), RunFailed where memory runs out, with the phase
+    it ran out in, RecipeError, ModelError, DiskFull.
+    """
+    from sparklab.run.rehearsal import rehearse_plan  # noqa: PLC0415
+
+    here = Box.detect()
+    planned = make_plan(recipe, box=box or here)
+    if not force:
+        planned.check()
+        make_plan(recipe, box=here).check()
+    return rehearse_plan(planned, on_phase)
 
 
 def written_bytes(planned: Any, recipe: Recipe) -> float:

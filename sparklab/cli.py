@@ -52,6 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--longest", action="store_true", help="the longest documents that fit, instead of the fastest plan")
     _plan_flags(verb)
 
+    verb = _verb(verbs, "rehearse", "run a recipe at full size with random weights, and hold it against its plan", _rehearse)
+    verb.add_argument("model", help=field_help()["model"])
+    verb.add_argument("--force", action="store_true", help="try although the plan does not fit")
+    _plan_flags(verb)
+
     verb = _verb(verbs, "train", "train a recipe in a run directory", _train)
     verb.add_argument("model", help=field_help()["model"])
     verb.add_argument("data", help=field_help()["data"])
@@ -173,6 +178,17 @@ def _plan(options: argparse.Namespace) -> None:
         kept = {name: changes[name] for name in ("micro_batch_tokens", "max_length", "checkpoint_layers") if name in changes}
         table = table.longest_context(**kept)
     _show(options, table.to_dict(), table)
+
+
+def _rehearse(options: argparse.Namespace) -> None:
+    from sparklab.api import rehearse  # noqa: PLC0415
+    from sparklab.box import Box  # noqa: PLC0415
+    from sparklab.planner import plan  # noqa: PLC0415
+
+    box = Box.profile(options.box) if options.box else None
+    recipe = plan(options.model, box=box, tokens=options.tokens, **_changes(options)).best().recipe
+    rehearsal = rehearse(recipe, box=box, force=options.force, on_phase=lambda phase: print(f"{phase} ...", file=sys.stderr))  # noqa: T201
+    _show(options, rehearsal.to_dict(), rehearsal)
 
 
 def _train(options: argparse.Namespace) -> int:

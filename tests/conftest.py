@@ -1,9 +1,13 @@
 """What many tests share: a lesson of a few records on the bundled model, small enough for seconds."""
 
+import os
+
 import pytest
 from support import write_chats
 
 from sparklab.data.lesson import lesson
+
+os.environ["SPARKLAB_CALIBRATION"] = "off"  # no test looks at what its machine has measured, or leaves something there
 
 
 @pytest.fixture

@@ -27,7 +27,15 @@ FLOORS = [
 ]
 
 # What the worker loads, and nobody else.
-TORCH = {"sparklab.engine", "sparklab.model.load", "sparklab.model.blank", "sparklab.run.session", "sparklab.run.reporter", "sparklab.results.answers"}
+TORCH = {
+    "sparklab.engine",
+    "sparklab.model.load",
+    "sparklab.model.blank",
+    "sparklab.run.perform",
+    "sparklab.run.session",
+    "sparklab.run.reporter",
+    "sparklab.results.answers",
+}
 
 
 def modules():

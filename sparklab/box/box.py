@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sparklab.box.calibration import calibrated
 from sparklab.box.detect import detect_facts
 from sparklab.box.others import CACHE, SWAP
 from sparklab.box.profiles import PROFILES
@@ -63,6 +64,10 @@ class Box:
     """Memory that no plan may touch, so that the system never runs dry."""
     runtime_bytes: float = 0.0
     """What Python with torch and transformers, and the device context, take before any tensor."""
+    slack_share: float = NA
+    """What the allocator holds beyond what comes and goes, as a share of it; ``NA`` until a rehearsal measures it."""
+    compute_shares: Mapping[str, float] = field(default_factory=dict)
+    """Share of the chip's FLOP/s that training reached, by method and type (``"lora bf16"``), as far as rehearsals measured it."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Field name to ``spec``, ``published``, ``measured`` or ``assumed``."""
     note: str = ""
@@ -70,8 +75,11 @@ class Box:
 
     @classmethod
     def detect(cls) -> Box:
-        """This machine, now. Reads /proc and, where present, nvidia-smi or sysctl; loads nothing; ``NA`` where unknown. Takes milliseconds without a GPU."""
-        return cls(**detect_facts())
+        """This machine, now, with what rehearsals measured on it. Reads /proc and, where present, nvidia-smi or sysctl; ``NA`` where unknown.
+
+        Loads nothing; takes milliseconds without a GPU.
+        """
+        return cls(**calibrated(detect_facts()))
 
     @classmethod
     def profile(cls, name: str) -> Box:
@@ -142,6 +150,9 @@ class Box:
             if name == "available_bytes" and is_na(self.available_bytes):
                 continue
             rows.append((label, self._show(name), source))
+        if not is_na(self.slack_share):
+            rows.append(("allocator slack", f"{self.slack_share:.1%}", self.sources.get("slack_share", "")))
+        rows += [(f"compute reached, {kind}", f"{share:.1%}", self.sources.get("compute_shares", "")) for kind, share in self.compute_shares.items()]
         rows.append(("usable by a plan", format_bytes(self.usable_bytes), "computed"))
         return rows
 

@@ -36,27 +36,35 @@ def generating(model: nn.Module) -> Iterator[Any]:
 
 
 def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, recipe: Recipe) -> list[str]:
-    """Greedy continuations of prompts given as token ids, in their order, special tokens left out.
-
-    Prompts of similar length go together, so that little is computed for padding; as many at once as the plan of the recipe counted on.
-    """
+    """Greedy continuations of prompts given as token ids, in their order, special tokens left out; as many at once as the recipe's plan counted on."""
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
     at_once = answers_at_once(Anatomy.read(recipe.model), longest, causal_lm(model).get_input_embeddings().weight.element_size())
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    texts = [""] * len(prompts)
-    device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    texts: list[str] = tokenizer.batch_decode(continuations(model, prompts, max_new_tokens, at_once, pad, _stops(model, tokenizer)), skip_special_tokens=True)
+    return texts
+
+
+def continuations(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, at_once: int, pad: int, stops: Sequence[int]) -> list[list[int]]:
+    """Greedy continuations as token ids, in the prompts' order, ``at_once`` prompts together.
+
+    Prompts of similar length go together, so that little is computed for padding. An answer ends at the first of ``stops``; without any it
+    always has ``max_new_tokens`` tokens.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    device = next(model.parameters()).device
     with generating(model) as ready:
-        stops = _stops(ready, tokenizer)
         for start in range(0, len(order), at_once):
             chosen = order[start : start + at_once]
             width = max(len(prompts[index]) for index in chosen)
             ids = torch.tensor([[pad] * (width - len(prompts[index])) + list(prompts[index]) for index in chosen], device=device)
             mask = torch.tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen], device=device)
-            output = ready.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=stops)
-            for index, text in zip(chosen, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
-                texts[index] = text
-    return texts
+            output = ready.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=list(stops) or None
+            )
+            for index, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
+                answers[index] = tokens
+    return answers
 
 
 def _stops(model: Any, tokenizer: Any) -> list[int]:

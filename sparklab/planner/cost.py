@@ -59,16 +59,33 @@ def moved_bytes(ledger: Ledger) -> float:
     return linears * each * passes + head + layers * ledger.tokens + optimizer
 
 
+def kind_of_work(ledger: Ledger) -> str:
+    """What a share of compute that was measured holds for: method and type, as in ``"lora bf16"``."""
+    return f"{ledger.recipe.method} {ledger.dtype}"
+
+
 def cost(ledger: Ledger) -> Cost:
-    """What one micro-batch of the ledger's recipe takes; NA where the box's speed is unknown."""
+    """What one micro-batch of the ledger's recipe takes; NA where the box's speed is unknown.
+
+    The slow end is what rehearsals on this box have reached with this kind of work, or else the share published runs have.
+    """
     box = ledger.box
+    share = box.compute_shares.get(kind_of_work(ledger), COMPUTE_SHARE[box.is_gpu])
     flops, moved = flops_per_token(ledger) * ledger.tokens, moved_bytes(ledger)
     compute, traffic = flops / box.compute_flops(ledger.dtype), moved / box.bandwidth_bytes_per_second
     if is_na(compute):
         return Cost(ledger.tokens, flops, moved, (NA, NA))
     if is_na(traffic):  # an unknown bandwidth leaves the compute bound alone
         traffic = 0.0
-    return Cost(ledger.tokens, flops, moved, (max(compute, traffic), compute / COMPUTE_SHARE[box.is_gpu] + traffic / BANDWIDTH_SHARE))
+    return Cost(ledger.tokens, flops, moved, (max(compute, traffic), compute / share + traffic / BANDWIDTH_SHARE))
+
+
+def reached_share(cost_: Cost, compute_flops: float, bandwidth_bytes_per_second: float, seconds: float) -> float:
+    """The share of compute with which the slow end of :func:`cost` would have been ``seconds``; NA where no share from 0 to 1 would do."""
+    traffic = cost_.moved_bytes / bandwidth_bytes_per_second / BANDWIDTH_SHARE
+    left = seconds if is_na(traffic) else seconds - traffic
+    share = cost_.flops / compute_flops / left if left > 0 else NA
+    return share if 0 < share <= 1 else NA
 
 
 def tokens_per_second(cost_: Cost, box: Box) -> Range:

@@ -17,7 +17,7 @@ from sparklab.model.anatomy import DTYPE_BYTES, Anatomy, LinearGroup
 from sparklab.model.parts import Linear, Norm, Part, Residual
 from sparklab.planner.activations import Engine, LayerBytes, layer_bytes
 from sparklab.planner.recipe import Recipe
-from sparklab.units import GIB, MIB
+from sparklab.units import GIB, MIB, is_na
 
 CHUNK_TOKENS: Final = 1024  # tokens whose logits the chunked loss makes at once
 ANSWERS_AT_ONCE: Final = 64  # most prompts answered together
@@ -45,6 +45,22 @@ class Item:
     name: str
     size_bytes: float
     explain: Callable[[], str]
+
+
+def runtime(box: Box) -> Item:
+    """What is there before the first tensor."""
+    source = box.sources.get("runtime_bytes", "assumed")
+    return Item("runtime", box.runtime_bytes, lambda: f"Python, torch, transformers and the device's context ({source})")
+
+
+def slack(box: Box, moving: float) -> tuple[Item, ...]:
+    """What libraries take from the allocator, and what it holds beyond what was asked of it; ``moving`` is in bytes, all that comes and goes."""
+    measured = not is_na(box.slack_share)
+    share = box.slack_share if measured else SLACK_SHARE
+    held = Item("allocator slack", share * moving, lambda: f"{share:.1%} of what comes and goes ({'measured' if measured else 'assumed'})")
+    if not box.is_gpu:
+        return (held,)
+    return (Item("library workspace", CUBLAS_BYTES, lambda: f"{CUBLAS_BYTES / MIB:.0f} MiB of cuBLAS, from the allocator"), held)
 
 
 @dataclass(frozen=True)
@@ -157,17 +173,6 @@ class Ledger:
                 tensors += [(numbers, block.count) for numbers in matrices]
                 tensors += [(part.parameters - (part.inputs * part.outputs if isinstance(part, Linear) else 0), block.count) for part in block.parts]
         return size + sum(count * (2.0 * numbers + 8.0 * -(-numbers // 256) if numbers >= 4096 else 8.0 * numbers) for numbers, count in tensors)
-
-    @cached_property
-    def runtime(self) -> Item:
-        source = self.box.sources.get("runtime_bytes", "assumed")
-        return Item("runtime", self.box.runtime_bytes, lambda: f"Python, torch, transformers and the device's context ({source})")
-
-    def slack(self, moving: float) -> Item:
-        """What the allocator holds beyond what was asked of it."""
-        base = CUBLAS_BYTES if self.box.is_gpu else 0.0
-        return Item("allocator slack", base + SLACK_SHARE * moving,
-                    lambda: f"{base / MIB:.0f} MiB of library workspace + {SLACK_SHARE:.0%} of what comes and goes (assumed)")  # fmt: skip
 
     # the layers
 
@@ -346,32 +351,56 @@ class Ledger:
     def _load(self) -> list[Moment]:
         largest = max(self.anatomy.embedding_parameters, self.largest_linear.inputs * self.largest_linear.outputs)
         width = DTYPE_BYTES.get(self.anatomy.dtype, 2)
-        return [Moment("streaming the weights", (Item("source tensors", float(TENSORS_IN_FLIGHT * largest * width),
-                       lambda: f"{TENSORS_IN_FLIGHT} in flight, none above {largest:,} x {width} B; the page cache behind them can go"),))]  # fmt: skip
+        stream = Item("source tensors", float(TENSORS_IN_FLIGHT * largest * width),
+                      lambda: f"{TENSORS_IN_FLIGHT} in flight, none above {largest:,} x {width} B; the page cache behind them can go")  # fmt: skip
+        return [Moment("streaming the weights", (stream,)), *([] if self.full else [Moment("making the adapters", self.states[:1])])]
 
     def _evaluate(self) -> list[Moment]:
         tokens, hidden, width = self.tokens, self.anatomy.hidden, self.width
-        plain = max(layer.plain for layer in self.layer_list)
-        rows = min(CHUNK_TOKENS, tokens) if self.recipe.loss == "chunked" else tokens
+        vocabulary, plain = self.anatomy.vocabulary, self._plain
         work = Item("layer at work", plain * tokens, lambda: f"one layer forward, nothing kept: {plain:,.0f} B a token x {tokens:,} tokens")
-        tile = (Item("loss", 2.0 * hidden * width * tokens, lambda: f"hidden states, all and supervised: {tokens:,} x 2 x {hidden:,} x {width} B"),
-                Item("loss tile", 8.0 * rows * self.anatomy.vocabulary, lambda: f"{rows:,} tokens x {self.anatomy.vocabulary:,} logits x 8 B"))  # fmt: skip
+        if self.recipe.loss == "chunked":
+            rows = min(CHUNK_TOKENS, tokens)
+            tile: tuple[Item, ...] = (
+                    Item("loss", 2.0 * hidden * width * tokens, lambda: f"hidden states, all and supervised: {tokens:,} x 2 x {hidden:,} x {width} B"),
+                    Item("loss tile", 4.0 * rows * vocabulary, lambda: f"{rows:,} tokens x {vocabulary:,} logits x 4 B"),
+                    Item("loss workspace", 4.0 * rows * vocabulary, lambda: f"logsumexp's copy of the tile, {rows:,} x {vocabulary:,} x 4 B"))  # fmt: skip
+        else:
+            tile = (Item("loss", 1.0 * hidden * width * tokens, lambda: f"hidden states: {tokens:,} x {hidden:,} x {width} B"),
+                    Item("all logits", 8.0 * tokens * vocabulary, lambda: f"{tokens:,} tokens x {vocabulary:,} x 8 B (in fp32, and log-softmax)"))  # fmt: skip
         return [Moment("forward pass", (self.shared, work, *self._workspace)), Moment("loss", (self.shared, *tile))]
 
+    @property
+    def _plain(self) -> float:
+        """Bytes of a token while a layer runs forward without gradients; the model keeps the embedding's output until its last layer is done."""
+        return max(layer.plain for layer in self.layer_list) + self.anatomy.hidden * self.width
+
     def _sample(self) -> list[Moment]:
-        anatomy, recipe = self.anatomy, self.recipe
-        length = recipe.max_length + recipe.answer_tokens
-        answers = answers_at_once(anatomy, length, self.width)
-        per_token = cache_bytes_per_token(anatomy, self.width)
-        cache = Item("key-value cache", float(answers * length * per_token), lambda: f"{answers} answers x {length:,} tokens x {per_token:,} B")
-        prompts = answers * recipe.max_length
-        # Prompts of different lengths are padded, and with a mask attention repeats keys and values for every head.
-        repeated = 2 * anatomy.heads * anatomy.head_dim * self.width if anatomy.heads > anatomy.kv_heads else 0
-        plain = max(layer.plain for layer in self.layer_list) + repeated
-        work = Item("layer at work", plain * prompts, lambda: f"the prompts through one layer: {plain:,.0f} B a token x {prompts:,} tokens")
-        grows = answers * (2.0 * length * per_token / anatomy.layers + 4.0 * anatomy.vocabulary)
-        growth = Item("cache growing", grows, lambda: "one layer's keys and values while a token is appended, and the next token's logits")
-        return [Moment("reading the prompts", (cache, work, *self._workspace)), Moment("writing the answers", (cache, growth, *self._workspace))]
+        anatomy, recipe, width = self.anatomy, self.recipe, self.width
+        longest, length = recipe.max_length, recipe.max_length + recipe.answer_tokens
+        answers = answers_at_once(anatomy, length, width)
+        per_token, queries = cache_bytes_per_token(anatomy, width), anatomy.heads * anatomy.head_dim * width
+        # Prompts of different lengths are padded; with a mask, attention repeats keys and values for every head.
+        repeated = 2 * queries if anatomy.heads > anatomy.kv_heads else 0
+
+        def cache(tokens: int) -> Item:
+            return Item("key-value cache", float(answers * tokens * per_token), lambda: f"{answers} answers x {tokens:,} tokens x {per_token:,} B")
+
+        def prompts(size: float, what: str) -> Item:
+            return Item("layer at work", size * answers * longest, lambda: f"{what}: {size:,.0f} B a token x {answers} prompts x {longest:,} tokens")
+
+        def mask(size: int) -> Item:
+            return Item("mask", float(answers * longest * longest * size), lambda: f"{answers} prompts x {longest:,} x {longest:,} tokens x {size} B")
+
+        tables = Item("inputs and rotary tables", self.shared.size_bytes / self.tokens * answers * longest, lambda: f"of {answers * longest:,} tokens")
+        attention = 3 * anatomy.hidden * width + 2 * queries + repeated
+        grows = answers * (length * (repeated + per_token / anatomy.layers / 2) + 4.0 * anatomy.vocabulary)
+        growth = Item("cache growing", grows, lambda: "one layer's keys while a token is appended, keys and values for every head, and the next token's logits")
+        return [
+            Moment("reading the prompts", (cache(longest), prompts(self._plain, "one layer forward"), mask(1), tables, *self._workspace)),
+            Moment("attention over the prompts", (cache(longest), prompts(attention, "one layer's attention"), mask(1 + width), tables)),
+            Moment("writing the answers", (cache(length), growth, *self._workspace)),
+        ]
 
     def _save(self) -> list[Moment]:
         count, width = self.trainable, self.trained_width
@@ -380,10 +409,11 @@ class Ledger:
         return [Moment("checkpoint", (Item("copy to be written", copy, lambda: f"{why}: 2 x {count:,} x {width} B" if copy else why),))]
 
     def _merge(self) -> list[Moment]:
-        largest = self.largest_linear
+        largest, width = self.largest_linear, self.width
         numbers = largest.inputs * largest.outputs
-        size = float(2 * numbers * self.width)
-        work = Item("weights at work", size, lambda: f"{largest.name} and its change, 2 x {numbers:,} x {self.width} B, one at a time, streamed to disk")
+        copies = 2 if self.box.is_gpu and self.box.unified else 1
+        what = "the largest, and its copy for the file" if copies == 2 else "the largest"
+        work = Item("weights at work", float(copies * numbers * width), lambda: f"one at a time, {what}: {largest.name}, {copies} x {numbers:,} x {width} B")
         return [Moment("merge", (work,))]
 
     @property
@@ -395,19 +425,19 @@ class Ledger:
     @cached_property
     def moments(self) -> dict[str, tuple[Moment, ...]]:
         """Phase to its moments, each with everything that is held then."""
-        stays = (*self.weights, *self.states, self.runtime)
+        stays = (*self.weights, *self.states, runtime(self.box))
         phases = {"load": self._load(), "train": self._train(), "evaluate": self._evaluate(), "sample": self._sample(), "save": self._save()}
         books = {}
         for phase, candidates in phases.items():
-            there = (*self.weights, self.runtime) if phase == "load" else stays
+            there = (*self.weights, runtime(self.box)) if phase == "load" else stays
             shared = (self.shared,) if phase == "train" else ()
             whole = []
             for moment in candidates:
                 moving = (*moment.items, *shared)
-                whole.append(Moment(moment.name, (*there, *moving, self.slack(sum(item.size_bytes for item in moving)))))
+                whole.append(Moment(moment.name, (*there, *moving, *slack(self.box, sum(item.size_bytes for item in moving)))))
             books[phase] = tuple(whole)
         if not self.full:
-            books["merge"] = tuple(Moment(moment.name, (*self.states[:1], self.runtime, *moment.items)) for moment in self._merge())
+            books["merge"] = tuple(Moment(moment.name, (*self.states[:1], runtime(self.box), *moment.items)) for moment in self._merge())
         return books
 
     def seen_bytes(self, phase: str, unseen: Mapping[str, float]) -> float:

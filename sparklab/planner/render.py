@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from sparklab.units import format_bytes, format_count, format_seconds, gib, is_na
 
 if TYPE_CHECKING:
-    from sparklab.planner.forecast import Line, ModelTable, Plan, PlanTable
+    from sparklab.planner.forecast import ModelTable, Plan, PlanTable
 
 COLOURS: Final = {  # by component, the same in every bar
     "weights": "#4e79a7",
@@ -30,6 +31,7 @@ COLOURS: Final = {  # by component, the same in every bar
     "runtime": "#79706e",
 }
 OTHER: Final = "#bab0ac"
+USABLE: Final = "#e5484d"
 CELL: Final = "text-align:left;padding:2px 14px 2px 0;border:0;background:none;color:inherit"
 
 
@@ -141,41 +143,82 @@ def plan_text(plan: Plan) -> str:
 def plan_html(plan: Plan) -> str:
     """One plan for a notebook: stacked bar against the usable line, then the lines with their formulas."""
     ordered = sorted(plan.peak_lines, key=lambda line: -line.bytes)
-    rows = [(_swatch(line.name), line.name, size(line.bytes), line.formula) for line in ordered]
+    rows = [(_swatch(colour(line.name)), line.name, size(line.bytes), line.formula) for line in ordered]
     text = f"{size(plan.peak_bytes)} at the peak ({plan.peak_phase}: {plan.peak_moment}), {verdict(plan)}; {settings(plan)}"
     speed = f"{span(plan.tokens_per_second)} tokens/s, {duration(plan.hours)}, {span(plan.watt_hours, ' Wh')}"
     table = _html_table(("", "line", "bytes", "how"), rows, raw_first=True)
     fixes = f"<div>Any one of these fits: {html.escape(', '.join(str(fix) for fix in plan.fixes))}</div>" if plan.fixes else ""
-    body = f"<div><b>{html.escape(plan.recipe.method)}</b>: {html.escape(text)}</div><div>{html.escape(speed)}</div>{_bar(plan, ordered)}{table}{fixes}"
+    body = f"<div><b>{html.escape(plan.recipe.method)}</b>: {html.escape(text)}</div><div>{html.escape(speed)}</div>{bar(plan, scale([plan]))}{table}{fixes}"
     return f"<div><div>{html.escape(heading(plan))}</div>{body}{_notes(plan.notes)}</div>"
 
 
 def table_html(table: PlanTable) -> str:
-    """The ranked table for a notebook."""
+    """The ranked table for a notebook, and every plan's bar on one scale."""
     rows = [columns(plan) for plan in table.plans]
     fixes = "".join(f"<div>{html.escape(plan.recipe.method)} would fit with: {html.escape(', '.join(str(fix) for fix in plan.fixes))}</div>"
                     for plan in table.plans if plan.fixes)  # fmt: skip
-    bars = "".join(f"<div>{html.escape(plan.recipe.method)}</div>{_bar(plan, sorted(plan.peak_lines, key=lambda line: -line.bytes))}" for plan in table.plans)
-    return f"<div><div>{html.escape(heading(table.best()))}</div>{_html_table(HEADS, rows)}{bars}{fixes}{_notes(all_notes(table.plans))}</div>"
+    whole = scale(table.plans)
+    bars = "".join(f"<div>{html.escape(plan.recipe.method)}</div>{bar(plan, whole)}" for plan in table.plans)
+    shown = dict.fromkeys((name, shade) for plan in table.plans for name, _, shade in segments(plan))
+    keys = "".join(f'<span style="white-space:nowrap;margin-right:14px">{_swatch(shade)} {html.escape(name)}</span> ' for name, shade in shown)
+    usable = table.best().usable_bytes
+    line = "" if is_na(usable) else f'<span style="white-space:nowrap">{_swatch(USABLE)} usable {size(usable)}</span>'
+    legend = f'<div style="font-size:12px;margin:2px 0 8px 0">{keys}{line}</div>'
+    return f"<div><div>{html.escape(heading(table.best()))}</div>{_html_table(HEADS, rows)}{bars}{legend}{fixes}{_notes(all_notes(table.plans))}</div>"
 
 
-def _bar(plan: Plan, lines: list[Line]) -> str:
-    """A stacked bar by component; the mark is the usable memory."""
-    whole = max(plan.peak_bytes, 0.0 if is_na(plan.usable_bytes) else plan.usable_bytes) * 1.02 or 1.0
-    pieces = "".join(
-        f'<div title="{html.escape(f"{line.name}: {size(line.bytes)}", quote=True)}" '
-        f'style="width:{100 * line.bytes / whole:.3f}%;height:100%;background:{COLOURS.get(line.name, OTHER)}"></div>'
-        for line in lines
+def colour(name: str) -> str:
+    """The colour of a component, the same in every bar."""
+    return COLOURS.get(name, OTHER)
+
+
+def segments(plan: Plan) -> list[tuple[str, float, str]]:
+    """(component, bytes, colour) of the peak, in the order that every bar keeps: what stays first, what comes and goes last."""
+    order = {name: place for place, name in enumerate(COLOURS)}
+    return [(line.name, line.bytes, colour(line.name)) for line in sorted(plan.peak_lines, key=lambda line: order.get(line.name, len(order)))]
+
+
+def scale(plans: Iterable[Plan]) -> float:
+    """Bytes that the full width of a bar stands for, so that peaks and usable memory of all ``plans`` have room."""
+    values = [value for plan in plans for value in (plan.peak_bytes, plan.usable_bytes) if not is_na(value)]
+    return max(values, default=0.0) * 1.02 or 1.0
+
+
+def bar_words(plan: Plan) -> str:
+    """What a bar shows, for those who cannot see it."""
+    parts = ", ".join(f"{name} {size(amount)}" for name, amount, _ in segments(plan))
+    usable = "" if is_na(plan.usable_bytes) else f" of {size(plan.usable_bytes)} usable"
+    return f"{plan.recipe.method}: {size(plan.peak_bytes)}{usable}; {parts}"
+
+
+def bar(plan: Plan, whole_bytes: float) -> str:
+    """A stacked bar by component with a line at the usable memory: shapes in an image, which notebooks keep where they strip styles and SVG."""
+    left, shapes = 0.0, []
+    for _, amount, shade in segments(plan):
+        width = 1000 * amount / whole_bytes
+        shapes.append(f'<rect x="{left:.2f}" width="{width:.2f}" height="10" fill="{shade}"/>')
+        left += width
+    if not is_na(plan.usable_bytes):
+        place = 1000 * plan.usable_bytes / whole_bytes
+        shapes.append(f'<path d="M{place:.2f} 0V10" stroke="{USABLE}" stroke-width="3" vector-effect="non-scaling-stroke"/>')
+    track = '<rect width="1000" height="10" fill="#808080" fill-opacity=".16"/>'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 10" preserveAspectRatio="none">{track}{"".join(shapes)}</svg>'
+    data = base64.b64encode(svg.encode()).decode()
+    words = html.escape(bar_words(plan), quote=True)
+    return (
+        f'<img alt="{words}" title="{words}" style="display:block;width:100%;max-width:60em;height:18px;margin:3px 0 6px 0" height="18" '
+        f'src="data:image/svg+xml;base64,{data}">'
     )
-    mark = "" if is_na(plan.usable_bytes) else (
-        f'<div title="usable: {html.escape(size(plan.usable_bytes), quote=True)}" style="position:absolute;left:{100 * plan.usable_bytes / whole:.3f}%;'
-        f'top:-3px;bottom:-3px;border-left:2px solid currentColor"></div>'
-    )  # fmt: skip
-    return f'<div style="position:relative;display:flex;height:16px;max-width:48em;margin:6px 0;background:rgba(128,128,128,0.18)">{pieces}{mark}</div>'
 
 
-def _swatch(name: str) -> str:
-    return f'<span style="display:inline-block;width:10px;height:10px;background:{COLOURS.get(name, OTHER)}"></span>'
+def _swatch(shade: str) -> str:
+    return f'<span style="display:inline-block;width:10px;height:10px;background:{shade}"></span>'
+
+
+def table_block(title: str, heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], lines: Sequence[str]) -> str:
+    """A title, a table and lines of text below it, all escaped."""
+    below = "".join(f'<div style="max-width:60em">{html.escape(line)}</div>' for line in lines)
+    return f"<div><div>{html.escape(title)}</div>{_html_table(heads, rows)}{below}</div>"
 
 
 def _html_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], raw_first: bool = False) -> str:

@@ -83,14 +83,19 @@ def raise_failure(directory: RunDirectory, state: RunState) -> None:
 
 
 def worker_environment(recipe: Recipe) -> dict[str, str]:
-    """This process's environment, less the network where the model lies on disk, and less one core for whoever looks on.
+    """The environment of a run's worker: without the network where the model lies on disk."""
+    return child_environment(offline=Path(check_trainable(recipe.model)).is_dir())
+
+
+def child_environment(offline: bool) -> dict[str, str]:
+    """This process's environment, less the network where it is not needed, and less one core for whoever looks on.
 
     torch's threads wait for each other by spinning: where another process takes one of their cores (a browser that draws the panel), every
     step waits for the scheduler. benchmarks/LOG.md has the figures.
     """
     environment = dict(os.environ, TOKENIZERS_PARALLELISM="true", PYTHONUNBUFFERED="1")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() - 1)))
-    if Path(check_trainable(recipe.model)).is_dir():
+    if offline:
         environment.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     return environment
 

@@ -1,0 +1,231 @@
+"""The rehearsal itself, in a process of its own: ``python -m sparklab.run.perform``, started by :mod:`sparklab.run.rehearsal`.
+
+One line of JSON comes in on standard input, and the phases and the answer go into the file it names, a JSON object a line. The input stays
+open as long as somebody waits for the answer: when it closes, this process ends, and all its memory comes back.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparklab.box import Box
+from sparklab.box.meter import read_memory
+from sparklab.box.power import PowerMeter
+from sparklab.data.dataset import Row, make_row
+from sparklab.data.template import IGNORED, Document
+from sparklab.engine import attention, merge
+from sparklab.engine.answer import continuations
+from sparklab.engine.gauge import Gauge
+from sparklab.engine.trainer import PackedTrainer, mean_loss
+from sparklab.errors import SparklabError
+from sparklab.model import load
+from sparklab.model.anatomy import Anatomy
+from sparklab.model.blank import blank_base
+from sparklab.planner.ledger import answers_at_once
+from sparklab.planner.recipe import Recipe
+from sparklab.units import NA, is_na, jsonable
+
+WARM_UPDATES: Final = 2  # the first makes the optimizer's states, the second is the first whole one; a CPU's storages are followed in both
+TIMED_UPDATES: Final = 3
+
+
+class _Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Times the updates after the first two, which the gauge follows."""
+
+    def __init__(self, gauge: Gauge, power: PowerMeter) -> None:
+        self.seconds: list[float] = []
+        self._gauge, self._power, self._mark = gauge, power, 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == WARM_UPDATES:
+            self._gauge.pause()
+            self._gauge.synchronize()
+            self._power.__enter__()
+        self._mark = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_save = control.should_evaluate = False  # each has a phase of its own
+        if state.global_step <= WARM_UPDATES:
+            return
+        self._gauge.synchronize()
+        self.seconds.append(time.perf_counter() - self._mark)
+        if state.global_step == state.max_steps:
+            self._power.__exit__(None, None, None)
+            self._gauge.resume()
+
+
+class Performance:
+    """One recipe at full size with random weights and random tokens, phase by phase."""
+
+    def __init__(self, recipe: Recipe, scratch: Path, tell: Any) -> None:
+        self.recipe = recipe.replace(max_steps=WARM_UPDATES + TIMED_UPDATES, epochs=1.0)
+        self.scratch, self.tell = scratch, tell
+        self.box = Box.detect()
+        self.device = load.pick_device()
+        self.gauge = Gauge(self.device)
+        self.anatomy = Anatomy.read(recipe.model)
+        self.power = PowerMeter(self.box.is_gpu)
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        random.seed(recipe.seed)
+        torch.manual_seed(recipe.seed)
+
+    def run(self, available_bytes: float) -> dict[str, Any]:
+        """All phases in order; what was measured, as plain values. ``available_bytes``: of the pool, before this process began."""
+        bare = read_memory().rss_bytes
+        with self._phase("load"):
+            attention.register()
+            self.model = load.load_model(self.recipe, self.box, attention.NAME, blank_base)
+        seconds = self._train()
+        runtime = bare if self.device.type == "cpu" else self._outside_the_allocator(available_bytes)
+        with self._phase("evaluate"):
+            mean_loss(self.model, [self._row()], self.recipe.loss, self.device)
+        self._sample()
+        with self._phase("save"):
+            self.trainer._save_checkpoint(self.model, None)
+        if self.recipe.method != "full":
+            self._merge()
+        return {
+            "phases": {name: asdict(reading) for name, reading in self.gauge.readings.items()},
+            "step_seconds": seconds,
+            "runtime_bytes": runtime,
+            "watts": self.power.watts,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.box.chip,
+        }
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.tell(phase=name)
+        with self.gauge.phase(name):
+            yield
+
+    def _row(self) -> Row:
+        """The longest micro-batch: documents of ``max_length`` random tokens, and a shorter one where they leave room; every token is learned."""
+        tokens, longest = self.recipe.micro_batch_tokens, self.recipe.max_length
+        lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
+        documents = []
+        for length in lengths:
+            ids = self._tokens(length)
+            documents.append(Document(ids, [IGNORED, *ids[1:]]))
+        return make_row(documents)
+
+    def _tokens(self, count: int) -> list[int]:
+        return random.choices(range(self.anatomy.vocabulary), k=count)
+
+    def _train(self) -> list[float]:
+        """Real updates by the package's own Trainer; seconds of those that were timed."""
+        updates = WARM_UPDATES + TIMED_UPDATES
+        rows = [self._row()] * (updates * self.recipe.micro_batches_per_update)
+        watch = _Stopwatch(self.gauge, self.power)
+        with self._phase("train"):
+            self.trainer = PackedTrainer(self.model, self.recipe, self.scratch, rows, (), callback=watch)
+            self.trainer.remove_callback(transformers.PrinterCallback)
+            self.trainer.train()
+        return watch.seconds
+
+    def _outside_the_allocator(self, available_bytes: float) -> float:
+        """What this process took of the pool beside the allocator's share: Python, libraries, the device's context. NA where it cannot be told."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        now = read_memory().available_bytes if self.box.unified else float(free)
+        taken = available_bytes - now - torch.cuda.memory_reserved(self.device)
+        return taken if taken > 0 else NA
+
+    def _sample(self) -> None:
+        """As many of the longest prompts as the plan counts on, answered to the last token."""
+        recipe = self.recipe
+        length = recipe.max_length + recipe.answer_tokens
+        width = load.causal_lm(self.model).get_input_embeddings().weight.element_size()
+        at_once = answers_at_once(self.anatomy, length, width)
+        # Of two lengths, so that there is padding and attention needs a mask, as with real prompts.
+        prompts = [self._tokens(max(1, recipe.max_length - index % 2)) for index in range(at_once)]
+        load.causal_lm(self.model).generation_config.eos_token_id = None
+        with self._phase("sample"):
+            continuations(self.model, prompts, recipe.answer_tokens, at_once, 0, ())
+
+    def _merge(self) -> None:
+        """The largest layers of each name merged and written, one at a time; a random weight stands in for the one read from the base's file."""
+        dtype = load.torch_dtype(self.box.resolve_dtype(self.recipe.dtype))
+        adapters = merge.adapters_of(self.model)
+        del self.model, self.trainer
+        gc.collect()
+        chosen = {name.rsplit(".", 1)[-1]: name for name in adapters}  # one layer of each kind: the others are as large
+        shapes = {name: (adapters[name].b_OR.shape[0], adapters[name].a_RI.shape[1]) for name in chosen.values()}
+
+        def merged(name: str) -> Tensor:
+            return adapters[name].merge_into(torch.empty(shapes[name], dtype=dtype, device=self.device).normal_(0, 0.02))
+
+        with self._phase("merge"):
+            merge.write_streamed(self.scratch / "merged.safetensors", shapes, dtype, merged)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error means that memory ran out: torch's, Python's, or the CPU allocator's, which has no type of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+    )
+
+
+def cap_memory(limit_bytes: float, runtime_bytes: float) -> None:
+    """Lets this process have no more than ``limit_bytes``, so that it fails where it would otherwise freeze the box."""
+    if torch.cuda.is_available():
+        share = (limit_bytes - runtime_bytes) / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)))
+    else:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (int(limit_bytes), hard))
+
+
+def end_with_the_asker() -> None:
+    """Ends this process when the one that waits for the answer is gone."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        os._exit(130)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> int:
+    """Reads the request, performs, answers."""
+    request = json.loads(sys.stdin.readline())
+    end_with_the_asker()
+    with open(request["report"], "a", encoding="utf-8") as report:
+
+        def tell(**fields: Any) -> None:
+            report.write(json.dumps(jsonable(fields)) + "\n")
+            report.flush()
+
+        try:
+            limit, available = (NA if request[name] is None else float(request[name]) for name in ("limit_bytes", "available_bytes"))
+            if not is_na(limit):
+                cap_memory(limit, float(request["runtime_bytes"]))
+            performance = Performance(Recipe.from_dict(request["recipe"]), Path(request["scratch"]), tell)
+            tell(answer=performance.run(available))
+        except SparklabError as error:
+            tell(error=error.to_dict())
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            tell(out_of_memory=str(error).splitlines()[0][:300])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
