@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparklab.box import Box
     from sparklab.data.lesson import lesson
     from sparklab.model.anatomy import Anatomy
+    from sparklab.panels.plan_panel import explore
     from sparklab.planner import ModelTable, Plan, PlanTable, plan
     from sparklab.planner import recipes as recipes
     from sparklab.planner.recipe import Recipe
@@ -37,6 +38,7 @@ _HOMES = {
     "Recipe": "sparklab.planner.recipe",
     "Run": "sparklab.api",
     "errors": "sparklab.errors",
+    "explore": "sparklab.panels.plan_panel",
     "lesson": "sparklab.data.lesson",
     "plan": "sparklab.planner",
     "quickstart": "sparklab.api",
@@ -47,7 +49,10 @@ _HOMES = {
 
 _MODULES = {"errors", "recipes"}
 
-__all__ = ["Anatomy", "Box", "ModelTable", "Plan", "PlanTable", "Recipe", "Run", "errors", "lesson", "plan", "quickstart", "recipes", "rehearse", "train"]
+__all__ = [
+    "Anatomy", "Box", "ModelTable", "Plan", "PlanTable", "Recipe", "Run",
+    "errors", "explore", "lesson", "plan", "quickstart", "recipes", "rehearse", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

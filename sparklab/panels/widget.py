@@ -26,8 +26,19 @@ COLUMNS: Final = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_seco
 _ASSETS = Path(__file__).parent / "assets"
 
 
-def _asset(*names: str) -> str:
+def asset(*names: str) -> str:
+    """The text of some files of the panels, one after the other."""
     return "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in names)
+
+
+def hear_every_page(comm: Any) -> None:
+    """Keeps a widget's comm alive over a reload of its page.
+
+    ipykernel 7.4 hands a page's message to the subshell that published last on the comm, which after a page reload no longer exists:
+    buttons and sliders would be dead. Each message goes where the page sent it instead.
+    """
+    if hasattr(comm, "_reply_subshell_for"):
+        comm._reply_subshell_for = lambda data, default: default  # noqa: ARG005 - the names are ipykernel's
 
 
 class History:
@@ -81,8 +92,8 @@ class RunPanel(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is not a
         panel.update(state, plan)
     """
 
-    _esm = _asset("parts.js", "run.js")
-    _css = parts.css_variables() + _asset("panel.css")
+    _esm = asset("parts.js", "run.js")
+    _css = parts.css_variables() + asset("panel.css")
 
     name: traitlets.List[str] = traitlets.List([], help="The run's name; its model and method.").tag(sync=True)
     head = traitlets.Dict({}).tag(sync=True)
@@ -101,10 +112,7 @@ class RunPanel(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is not a
         empty = RunState()
         super().__init__(name=name or [], head=facts.head(empty), figures=facts.figures(empty), curve=facts.curve(empty), memory=facts.memory(empty, {}))
         self.on_msg(self._receive)
-        # ipykernel 7.4 hands a page's message to the subshell that published last on the comm, which after a page reload no longer exists:
-        # the buttons would be dead. Each message goes where the page sent it instead.
-        if hasattr(self.comm, "_reply_subshell_for"):
-            self.comm._reply_subshell_for = lambda data, default: default  # noqa: ARG005 - the names are ipykernel's
+        hear_every_page(self.comm)
 
     def update(self, state: RunState, plan: dict[str, Any]) -> None:
         """Shows ``state``: new rows as one binary message, the rest as whatever traits differ."""

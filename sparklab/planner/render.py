@@ -179,9 +179,11 @@ def segments(plan: Plan) -> list[tuple[str, float, str]]:
 
 
 def scale(plans: Iterable[Plan]) -> float:
-    """Bytes that the full width of a bar stands for, so that peaks and usable memory of all ``plans`` have room."""
-    values = [value for plan in plans for value in (plan.peak_bytes, plan.usable_bytes) if not is_na(value)]
-    return max(values, default=0.0) * 1.02 or 1.0
+    """Bytes that the full width of a bar stands for: room for every peak and the usable memory, but no more than twice the latter."""
+    plans = list(plans)
+    peak = max((plan.peak_bytes for plan in plans), default=1.0)
+    usable = max((plan.usable_bytes for plan in plans if not is_na(plan.usable_bytes)), default=0.0)
+    return 1.02 * (min(max(peak, usable), 2 * usable) if usable else peak)
 
 
 def bar_words(plan: Plan) -> str:
@@ -193,16 +195,19 @@ def bar_words(plan: Plan) -> str:
 
 def bar(plan: Plan, whole_bytes: float) -> str:
     """A stacked bar by component with a line at the usable memory: shapes in an image, which notebooks keep where they strip styles and SVG."""
-    left, shapes = 0.0, []
+    left, shapes = 0.0, ['<rect width="1000" height="10" fill="#808080" fill-opacity=".16"/>']
     for _, amount, shade in segments(plan):
         width = 1000 * amount / whole_bytes
         shapes.append(f'<rect x="{left:.2f}" width="{width:.2f}" height="10" fill="{shade}"/>')
         left += width
+    if left > 1000:  # cut off: it goes on far beyond
+        shapes.append('<path d="M980 0L986 5L980 10M989 0L995 5L989 10" fill="none" stroke="#fff" stroke-width="2" vector-effect="non-scaling-stroke"/>')
     if not is_na(plan.usable_bytes):
         place = 1000 * plan.usable_bytes / whole_bytes
-        shapes.append(f'<path d="M{place:.2f} 0V10" stroke="{USABLE}" stroke-width="3" vector-effect="non-scaling-stroke"/>')
-    track = '<rect width="1000" height="10" fill="#808080" fill-opacity=".16"/>'
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 10" preserveAspectRatio="none">{track}{"".join(shapes)}</svg>'
+        strokes = (f'<path d="M{place:.2f} 0V10" stroke="{shade}" stroke-width="{width}" vector-effect="non-scaling-stroke"/>'
+                   for shade, width in (("#fff", 5), (USABLE, 3)))  # fmt: skip
+        shapes.extend(strokes)
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 10" preserveAspectRatio="none">{"".join(shapes)}</svg>'
     data = base64.b64encode(svg.encode()).decode()
     words = html.escape(bar_words(plan), quote=True)
     return (
@@ -222,13 +227,18 @@ def table_block(title: str, heads: tuple[str, ...], rows: Sequence[tuple[str, ..
 
 
 def _html_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], raw_first: bool = False) -> str:
-    """A plain table; every cell is escaped but, where told so, our own first one."""
+    """A plain table that scrolls where it is too wide; every cell is escaped but, where told so, our own first one."""
     head = "".join(f'<th style="{CELL}">{html.escape(name)}</th>' for name in heads)
     body = ""
     for row in rows:
-        cells = [cell if raw_first and index == 0 else html.escape(cell) for index, cell in enumerate(row)]
-        body += '<tr style="background:none">' + "".join(f'<td style="{CELL}">{cell}</td>' for cell in cells) + "</tr>"
-    return f'<table style="border-collapse:collapse;border:0;margin:4px 0"><tr style="background:none">{head}</tr>{body}</table>'
+        cells = []
+        for index, cell in enumerate(row):
+            raw = raw_first and index == 0
+            wrap = "min-width:16em" if len(cell) > 40 and not raw else "white-space:nowrap"
+            cells.append(f'<td style="{CELL};{wrap}">{cell if raw else html.escape(cell)}</td>')
+        body += f'<tr style="background:none">{"".join(cells)}</tr>'
+    table = f'<table style="border-collapse:collapse;border:0;margin:4px 0"><tr style="background:none">{head}</tr>{body}</table>'
+    return f'<div style="overflow-x:auto">{table}</div>'
 
 
 def _notes(notes: Iterable[str]) -> str:

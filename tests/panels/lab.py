@@ -75,7 +75,7 @@ def server(folder, *, dark=False, subshells=True):
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(15)
+        process.wait(60)
 
 
 class Lab:
