@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparklab.planner.activations import ATTENTION_ROWS
+from sparklab.planner.kernels import ATTENTION_ROWS
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, cap: float | None, sinks: Tensor | None) -> Tensor:

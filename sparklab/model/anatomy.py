@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from sparklab.errors import ModelError
+from sparklab.errors import ModelError, UnknownFamily
 from sparklab.model.families import ALIASES, FAMILIES, Family, sparse, turns
 from sparklab.model.fields import MOST_LAYERS, Fields, Kind, Shape
 from sparklab.model.hub import load_config
@@ -76,8 +78,8 @@ class Anatomy:
     """The norm between layers and head."""
     embedding: str = "embed_tokens"
     """The embedding's name."""
-    scaled_embedding: bool = False
-    """What the embedding gives is multiplied by a constant."""
+    scaled_embedding: str = ""
+    """Where what the embedding gives is multiplied by a constant: ``inside`` its module (Gemma), ``outside`` (Granite), nowhere."""
     capped_logits: bool = False
     """Logits are soft-capped."""
     tables: str = "halves"
@@ -106,12 +108,12 @@ class Anatomy:
         """Numbers in the head's weight, 0 where it is the embedding's."""
         return 0 if self.tied_embeddings else self.vocabulary * self.hidden
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """All parameters, a tied weight counted once: embedding, layers, last norm, head."""
         return self.embedding_parameters + sum(block.parameters for block in self.blocks) + self.last_norm.parameters + self.head_parameters
 
-    @property
+    @cached_property
     def expert_parameters(self) -> int:
         """Numbers in experts, which are no linear layers: 4-bit loading leaves them as they are, and LoRA on "all-linear" does not adapt them."""
         return sum(block.count * experts.parameters for block in self.blocks for experts in block.experts)
@@ -121,6 +123,11 @@ class Anatomy:
         """Parameters that one token meets: all but the experts it is not sent to."""
         active = sum(block.count * experts.active_parameters for block in self.blocks for experts in block.experts)
         return self.parameters - self.expert_parameters + active
+
+    @property
+    def largest_stack(self) -> int:
+        """Numbers in the largest 3-D parameter; 0 without experts."""
+        return max((prod(experts.tensors[0][1]) for block in self.blocks for experts in block.experts), default=0)
 
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:
@@ -136,7 +143,7 @@ class Anatomy:
             counts["lm_head.weight", (self.vocabulary, self.hidden)] = 1
         return tuple(ParameterGroup(name, shape, count) for (name, shape), count in counts.items())
 
-    @property
+    @cached_property
     def cached_numbers(self) -> int:
         """Numbers that a token leaves in the key-value cache, all layers together."""
         total = 0
@@ -156,7 +163,7 @@ class Anatomy:
         """Bytes of the weights as stored (what a download is)."""
         return self.parameters * DTYPE_BYTES.get(self.dtype, 2)
 
-    @property
+    @cached_property
     def linears(self) -> tuple[LinearGroup, ...]:
         """The linear layers inside the layers (the head is not one of them), by name, in order."""
         groups: dict[tuple[str, int, int, str], int] = {}
@@ -167,18 +174,21 @@ class Anatomy:
         return tuple(LinearGroup(name, inputs, outputs, count, group) for (name, inputs, outputs, group), count in groups.items())
 
     def targeted(self, targets: str | tuple[str, ...]) -> tuple[LinearGroup, ...]:
-        """The linear layers that ``targets`` names: ``all-linear``, ``attention``, one name or several. Raises :class:`ModelError` for unknown names."""
-        if targets == "all-linear":
-            return self.linears
-        if targets == "attention":
-            return tuple(linear for linear in self.linears if linear.group == "attention")
+        """The linear layers that ``targets`` names: ``all-linear``, ``attention``, one name or several. Raises :class:`ModelError` for unknown names.
+
+        Of a model with experts only those of the attention can be adapted: PEFT takes the names of the others for those of the experts.
+        """
+        attention = tuple(linear for linear in self.linears if linear.group == "attention")
+        adaptable = attention if self.expert_parameters else self.linears
+        if targets in ("all-linear", "attention"):
+            return adaptable if targets == "all-linear" else attention
         names = (targets,) if isinstance(targets, str) else targets
-        known = list(dict.fromkeys(linear.name for linear in self.linears))
+        known = list(dict.fromkeys(linear.name for linear in adaptable))
         unknown = [name for name in names if name not in known]
         if unknown or not names:
-            raise ModelError(f"targets names no linear layer of {self.source}: {', '.join(map(repr, unknown)) or 'empty'}",
+            raise ModelError(f"targets names no linear layer of {self.source} to adapt: {', '.join(map(repr, unknown)) or 'empty'}",
                              f"use 'all-linear', 'attention' or some of: {', '.join(known)}")  # fmt: skip
-        return tuple(linear for linear in self.linears if linear.name in names)
+        return tuple(linear for linear in adaptable if linear.name in names)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures for JSON."""
@@ -280,7 +290,7 @@ def _family(values: Mapping[str, Any], source: str) -> tuple[str, Family]:
         raise ModelError(f"{source}: config.json names no model_type", f"it is not the config of a transformers model; known families: {known}")
     name = ALIASES.get(str(name), str(name))
     if name not in FAMILIES:
-        raise ModelError(f"{source} is of the family {name!r}, whose anatomy is not known", f"use a model of one of: {known}")
+        raise UnknownFamily(f"{source} is of the family {name!r}, whose anatomy is not known", f"use a model of one of: {known}")
     if values.get("quantization_config") is not None:
         raise ModelError(f"{source} is already quantised", "name the unquantised original; method='qlora' quantises it while loading")
     return name, FAMILIES[name]

@@ -43,11 +43,11 @@ def _attention(s: Shape, k: Kind, reads: str, *, norm: str = "", norm_kind: str 
     yield Linear("o_proj", "mixed", "attended", q, s.hidden, "attention", s.attention_bias and output_bias)
 
 
-def _fused_attention(s: Shape, k: Kind, reads: str, names: tuple[str, str], bias: bool) -> Iterator[Part]:
+def _fused_attention(s: Shape, k: Kind, reads: str, names: tuple[str, str], bias: bool, sliced: bool) -> Iterator[Part]:
     """One projection for queries, keys and values, split into views."""
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     yield Linear(names[0], reads, "qkv", s.hidden, q + 2 * kv, "attention", bias)
-    yield Split("qkv", ("q", "k", "v"), (q, kv, kv))
+    yield Split("qkv", ("q", "k", "v"), (q, kv, kv), sliced)
     yield Rotary("q", "q_turned", s.heads, s.head_dim, s.turned, "joined")
     yield Rotary("k", "k_turned", s.kv_heads, s.head_dim, s.turned, "joined")
     yield Attention("q_turned", "k_turned", "v", "mixed", s.heads, s.kv_heads, s.head_dim, 0, k.window)
@@ -178,7 +178,7 @@ def _phi3(s: Shape, k: Kind) -> Iterator[Part]:
     """As Llama, with one projection for queries, keys and values and one for gate and up."""
     h, f = s.hidden, s.intermediate
     yield Norm("input_layernorm", "x", "normed_1", h)
-    yield from _fused_attention(s, k, "normed_1", ("qkv_proj", "o_proj"), bias=False)
+    yield from _fused_attention(s, k, "normed_1", ("qkv_proj", "o_proj"), bias=False, sliced=True)
     yield Residual("x", "attended", "middle", h)
     yield Norm("post_attention_layernorm", "middle", "normed_2", h)
     yield Linear("gate_up_proj", "normed_2", "gate_up", h, 2 * f, "mlp")
@@ -193,7 +193,7 @@ def _gpt_neox(s: Shape, k: Kind) -> Iterator[Part]:
     """LayerNorm, biases, a plain GELU MLP, beside the attention and not after it unless the config says so."""
     h, f = s.hidden, s.intermediate
     yield Norm("input_layernorm", "x", "normed_1", h, 1, "layer")
-    yield from _fused_attention(s, k, "normed_1", ("query_key_value", "dense"), s.attention_bias)
+    yield from _fused_attention(s, k, "normed_1", ("query_key_value", "dense"), s.attention_bias, sliced=False)
     if not s.parallel:
         yield Residual("attended", "x", "middle", h)
     yield Norm("post_attention_layernorm", "x" if s.parallel else "middle", "normed_2", h, 1, "layer")
@@ -322,7 +322,8 @@ class Family:
     """Kind of the last norm."""
     names: tuple[str, str] = ("embed_tokens", "norm")
     """Of the embedding and of the last norm."""
-    scaled_embedding: bool = False
+    scaled_embedding: str = ""
+    """As in :class:`~sparklab.model.anatomy.Anatomy`."""
     slides: Callable[[Fields, int], bool] | None = None
     """Layers with a sliding window, where the config has one and lists no ``layer_types``; None: no layer ever."""
     listed: bool = True
@@ -337,7 +338,7 @@ class Family:
 
 _ON = "use_sliding_window"
 _GEMMA: Final[dict[str, Any]] = {
-    "head_dim": 256, "tied": True, "norm": "zero_centred", "scaled_embedding": True,
+    "head_dim": 256, "tied": True, "norm": "zero_centred", "scaled_embedding": "inside",
 }  # fmt: skip
 _DEEPSEEK: Final[dict[str, Any]] = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 
@@ -356,7 +357,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "phi3": Family(parts=_phi3, attention_bias=False, slides=_all, listed=False, tables="joined"),
     "smollm3": Family(parts=_llama, kv_heads=4, tied=True, mlp_bias=None, slides=_unturned, switch=_ON, defaults={"no_rope_layer_interval": 4}),
     "olmo2": Family(parts=_olmo2, norm="rms_wide", tables="wide"),
-    "granite": Family(parts=_granite, mlp_bias=None, scaled_embedding=True),
+    "granite": Family(parts=_granite, mlp_bias=None, scaled_embedding="outside"),
     "gpt_neox": Family(parts=_gpt_neox, norm="layer", names=("embed_in", "final_layer_norm"), mlp_bias=True, tables="joined",
                        defaults={"attention_bias": True, "hidden_act": "gelu", "rotary_pct": 0.25}),
     "mixtral": Family(parts=_llama, kv_heads=8, attention_bias=False, slides=_all, listed=False, mixture=_mixtral_experts,

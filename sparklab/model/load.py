@@ -92,7 +92,10 @@ def add_adapters(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> nn.Mod
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
 
     targets: str | list[str] = "all-linear"
-    if recipe.targets == "attention":
+    # Of a mixture, PEFT takes the names of the MLP's linear layers for those of the experts, here and wherever the adapter is loaded again, and
+    # would change a whole 3-D stack of weights anew in every pass. Anatomy.targeted leaves them out too.
+    mixture = any(parameter.dim() == 3 for parameter in model.parameters())
+    if recipe.targets == "attention" or (mixture and recipe.targets == "all-linear"):
         targets = list(ATTENTION_LINEARS)
     elif recipe.targets != "all-linear":
         targets = [recipe.targets] if isinstance(recipe.targets, str) else list(recipe.targets)

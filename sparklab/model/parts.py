@@ -74,6 +74,8 @@ class Split(Part):
     reads: str
     writes: tuple[str, ...]
     widths: tuple[int, ...]
+    sliced: bool = False
+    """Cut out slice by slice, each of which has a backward pass of its own."""
 
 
 @dataclass(frozen=True)

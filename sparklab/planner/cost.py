@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sparklab.box import Box
+from sparklab.model.parts import Attention
 from sparklab.planner.ledger import Ledger
 from sparklab.units import NA, is_na
 
@@ -33,15 +34,26 @@ class Cost:
 
 
 def flops_per_token(ledger: Ledger) -> float:
-    """FLOPs of training on one token: forward, backward, recomputation, adapters, causal attention over a longest document, head."""
+    """FLOPs of training on one token: forward, backward, recomputation, adapters, causal attention over a longest document, head.
+
+    Of experts only those that a token is sent to are counted; a sliding window shortens the attention.
+    """
     anatomy, recipe = ledger.anatomy, ledger.recipe
     again = ledger.checkpointed / anatomy.layers
     base = 2.0 * sum(linear.weights for linear in anatomy.linears)
+    base += 2.0 * sum(block.count * part.active_parameters for block in anatomy.blocks for part in block.experts)
     adapters = 2.0 * ledger.adapter_parameters
-    attention = 2.0 * recipe.max_length * anatomy.heads * anatomy.head_dim * anatomy.layers
+    attention = sum(block.count * _attention_flops(part, recipe.max_length) for block in anatomy.blocks for part in block.parts if isinstance(part, Attention))
     head = 2.0 * anatomy.vocabulary * anatomy.hidden
     weight_gradients = 1 if ledger.full else 0
     return base * (2 + weight_gradients + again) + adapters * (3 + again) + attention * (1 + 2.5 + again) + head * (2 + weight_gradients)
+
+
+def _attention_flops(part: Attention, length: int) -> float:
+    """Forward FLOPs a token: two products of every query with the keys it sees, on average half a document or nearly the window."""
+    window = min(part.window or length, length)
+    seen = window - window * window / (2 * length)
+    return 2.0 * seen * part.heads * (part.head_dim + (part.value_dim or part.head_dim))
 
 
 def moved_bytes(ledger: Ledger) -> float:
@@ -49,6 +61,10 @@ def moved_bytes(ledger: Ledger) -> float:
     anatomy = ledger.anatomy
     passes = 2 + (1 if ledger.full else 0) + ledger.checkpointed / anatomy.layers
     linears = sum(linear.weights for linear in anatomy.linears)
+    experts = 0.0  # in 16 or 32 bits whatever the linears are; those that nobody is sent to are not read
+    for block in anatomy.blocks:
+        for part in block.experts:
+            experts += block.count * part.parameters * (1 - (1 - part.active / part.experts) ** ledger.tokens)
     # A 4-bit weight is read (half a byte), written unpacked, and read again by the product.
     each = 0.5 + 2 * ledger.width if ledger.four_bit else ledger.width
     head = 2.0 * anatomy.vocabulary * anatomy.hidden * ledger.width * max(1.0, ledger.tokens / 1024)
@@ -56,7 +72,7 @@ def moved_bytes(ledger: Ledger) -> float:
     for index, layer in enumerate(ledger.layer_list):
         layers += layer.moved_forward * (2 if index < ledger.checkpointed else 1) + layer.moved_backward
     optimizer = 7.0 * ledger.trainable * ledger.trained_width / ledger.recipe.micro_batches_per_update
-    return linears * each * passes + head + layers * ledger.tokens + optimizer
+    return (linears * each + experts * ledger.width) * passes + head + layers * ledger.tokens + optimizer
 
 
 def kind_of_work(ledger: Ledger) -> str:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Final
 
 from sparklab.box import Box
 from sparklab.errors import RecipeError
 from sparklab.model.anatomy import DTYPE_BYTES, Anatomy, LinearGroup
-from sparklab.model.parts import Linear, Norm, Part, Residual
-from sparklab.planner.activations import Engine, LayerBytes, layer_bytes
+from sparklab.model.parts import Linear, Part, Residual
+from sparklab.planner.activations import LayerBytes, layer_bytes
+from sparklab.planner.kernels import Engine, has_fixed_bytes
 from sparklab.planner.recipe import Recipe
 from sparklab.units import GIB, MIB, is_na
 
@@ -30,7 +32,7 @@ PHASES: Final = ("load", "train", "evaluate", "sample", "save", "merge")
 
 def cache_bytes_per_token(anatomy: Anatomy, width: int) -> int:
     """Bytes of a token's keys and values in all layers, at ``width`` bytes a number."""
-    return 2 * anatomy.kv_heads * anatomy.head_dim * anatomy.layers * width
+    return anatomy.cached_numbers * width
 
 
 def answers_at_once(anatomy: Anatomy, length: int, width: int) -> int:
@@ -106,6 +108,7 @@ class Ledger:
             adapted=frozenset(linear.name for linear in self.adapted),
             train_base=self.full,
             dropout_mask_bytes=0 if self.full or not recipe.dropout else 1 if box.is_gpu else self.adapter_width,
+            **({"tokens": self.tokens, "longest": recipe.max_length} if any(has_fixed_bytes(block.parts) for block in anatomy.blocks) else {}),
         )
 
     # what stays the whole time
@@ -130,15 +133,28 @@ class Ledger:
         parameters = self.anatomy.parameters
         if not self.four_bit:
             return (Item("weights", parameters * self.width, lambda: f"{parameters:,} parameters x {self.width} B ({self.dtype})"),)
-        packed = sum(linear.weights for linear in self.anatomy.linears)
-        rest = parameters - packed
+        packed, experts = sum(linear.weights for linear in self.anatomy.linears), self.anatomy.expert_parameters
+        rest = parameters - packed - experts
         constants = sum(linear.count * self._constants(linear.inputs * linear.outputs) for linear in self.anatomy.linears)
         how = "8-bit, themselves quantised in blocks of 256" if self.recipe.double_quantization else "fp32"
+        unpacked = Item("experts", float(experts * self.width), lambda: f"{experts:,} parameters x {self.width} B: 4-bit loading leaves them in {self.dtype}")
         return (
             Item("weights", packed / 2 + rest * self.width,
                  lambda: f"{packed:,} in NF4 x 0.5 B + {rest:,} in embedding, head, norms x {self.width} B ({self.dtype})"),
             Item("quantisation constants", constants, lambda: f"one scale a block of 64, {how}: {constants / packed:.4f} B a 4-bit parameter"),
+            *([unpacked] if experts else []),
         )  # fmt: skip
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader must know of the model beside the figures."""
+        experts, notes = self.anatomy.expert_parameters, list(self.anatomy.notes)
+        if experts and self.four_bit:
+            notes.append(f"the experts ({experts * self.width / GIB:.3g} GiB) stay in {self.dtype}: transformers keeps them as 3-D parameters, and only linear "
+                         f"layers become 4-bit")  # fmt: skip
+        if experts and not self.full:
+            notes.append("adapters go on the attention's linear layers; the experts, which are no linear layers, are not adapted")
+        return tuple(notes)
 
     def _constants(self, weights: int) -> float:
         blocks = -(-weights // 64)
@@ -178,17 +194,20 @@ class Ledger:
 
     @cached_property
     def layer_list(self) -> tuple[LayerBytes, ...]:
-        """One entry a layer. The first layer's input carries no gradient while the embedding is frozen."""
+        """One entry a layer. The first layer's input carries no gradient while the embedding is frozen, unless layers recompute: then it is made to."""
         found: list[LayerBytes] = []
+        known: dict[int, LayerBytes] = {}  # layers of one kind share their parts
         for block in self.anatomy.blocks:
-            first = layer_bytes(block.parts, self.engine, self.full or bool(found))
-            found += [first] + [layer_bytes(block.parts, self.engine)] * (block.count - 1)
+            if id(block.parts) not in known:
+                known[id(block.parts)] = layer_bytes(block.parts, self.engine)
+            layer = known[id(block.parts)]
+            found += [layer if found or self.full or self.checkpointed else layer_bytes(block.parts, self.engine, False)] + [layer] * (block.count - 1)
         return tuple(found)
 
     @cached_property
     def tail(self) -> Tail:
         """The last norm, as a layer of one part."""
-        parts = (Norm("norm", "x", "normed", self.anatomy.hidden), Residual("normed", "normed", "y", self.anatomy.hidden))
+        parts = (self.anatomy.last_norm, Residual("normed", "normed", "y", self.anatomy.hidden))
         layer = layer_bytes(parts, self.engine)
         return Tail(layer.kept, max(layer.backward))
 
@@ -199,7 +218,9 @@ class Ledger:
     @cached_property
     def shared(self) -> Item:
         """What all layers look at."""
-        size = 2 * self.anatomy.head_dim * self.width + 3 * 8
+        size = self.anatomy.table_bytes(self.width) + 3 * 8
+        if self.checkpointed and not self.full and self.anatomy.scaled_embedding == "outside":  # the embedding's output is a leaf that waits for its gradient
+            size += self.anatomy.hidden * self.width
         return Item("inputs and rotary tables", float(size * self.tokens), lambda: f"{self.tokens:,} tokens x {size} B")
 
     @cached_property
@@ -212,12 +233,18 @@ class Ledger:
 
     # the moments of a training step
 
+    @cached_property
+    def _sums(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Bytes a token of the first n layers' inputs, and of all they keep, for n from 0 on."""
+        inputs = accumulate((layer.stream for layer in self.layer_list), initial=0.0)
+        return tuple(inputs), tuple(accumulate((layer.kept for layer in self.layer_list), initial=0.0))
+
     def _kept(self, layers: int) -> tuple[Item, ...]:
         """What the first ``layers`` layers keep for their backward pass."""
         marked = min(self.checkpointed, layers)
         tokens = self.tokens
-        inputs = sum(layer.stream for layer in self.layer_list[:marked])
-        whole = sum(layer.kept for layer in self.layer_list[marked:layers])
+        inputs = self._sums[0][marked]
+        whole = self._sums[1][layers] - self._sums[1][marked]
         items = []
         if marked:
             items.append(Item("checkpoints kept", inputs * tokens, lambda: f"{marked} layers x {inputs / marked:,.0f} B a token x {tokens:,} tokens"))
@@ -229,10 +256,12 @@ class Ledger:
     @cached_property
     def gradients_of_layers(self) -> tuple[tuple[int, ...], ...]:
         """For each layer, trained numbers of each of its parts, in the order of the backward pass: last part first."""
-        found = []
+        found: list[tuple[int, ...]] = []
+        known: dict[int, tuple[int, ...]] = {}
         for block in self.anatomy.blocks:
-            counts = tuple(self._trained(part) for part in reversed(block.parts))
-            found += [counts] * block.count
+            if id(block.parts) not in known:
+                known[id(block.parts)] = tuple(self._trained(part) for part in reversed(block.parts))
+            found += [known[id(block.parts)]] * block.count
         return tuple(found)
 
     def _trained(self, part: Part) -> int:
@@ -256,7 +285,7 @@ class Ledger:
     @cached_property
     def _gradients_above(self) -> tuple[int, ...]:
         """Trained numbers above the first n layers, for n from 0 on: head and last norm with full fine-tuning, then layer by layer."""
-        done = self.anatomy.vocabulary * self.anatomy.hidden + self.anatomy.hidden if self.full else 0
+        done = self.anatomy.vocabulary * self.anatomy.hidden + self.anatomy.last_norm.parameters if self.full else 0
         sums = [done]
         for counts in reversed(self.gradients_of_layers):
             done += sum(counts)
@@ -278,14 +307,18 @@ class Ledger:
             # logsumexp makes a copy of the logits inside; the copies in the head's type, before and after it, are smaller.
             items.append(Item("loss", 2.0 * hidden * width * tokens, lambda: f"supervised states, their gradients: {tokens:,} x 2 x {hidden:,} x {width} B"))
             items.append(Item("loss tile", 4.0 * rows * vocabulary, lambda: f"{rows:,} tokens x {vocabulary:,} logits x 4 B"))
-            items.append(Item("loss workspace", 4.0 * rows * vocabulary, lambda: f"logsumexp's copy of the tile, {rows:,} x {vocabulary:,} x 4 B"))
+            what = "logsumexp's copy of the tile, then the slope of the capped logits" if anatomy.capped_logits else "logsumexp's copy of the tile"
+            items.append(Item("loss workspace", 4.0 * rows * vocabulary, lambda: f"{what}, {rows:,} x {vocabulary:,} x 4 B"))
         else:
-            items.append(Item("all logits", 12.0 * tokens * vocabulary,
-                              lambda: f"{tokens:,} tokens x {vocabulary:,} x 12 B (log-softmax, its gradient, the logits' gradient, fp32)"))  # fmt: skip
+            each = 16.0 if anatomy.capped_logits else 12.0
+            what = "log-softmax, its gradient, the logits' gradient" + (", the tanh that caps them" if anatomy.capped_logits else "")
+            items.append(Item("all logits", each * tokens * vocabulary, lambda: f"{tokens:,} tokens x {vocabulary:,} x {each:.0f} B ({what}, fp32)"))
         if self.recipe.micro_batches_per_update > 1:
             items.append(self._gradients(-1))
         if self.full:
-            items.append(Item("head gradient at work", self._head(), lambda: f"made with the loss: {vocabulary:,} x {hidden:,} x {width} B"))
+            # The chunked loss makes it with the logits; after all logits it comes when most of them, 8 B each, are gone.
+            left = self._head() if self.recipe.loss == "chunked" else max(0.0, self._head() - 8.0 * tokens * vocabulary)
+            items.append(Item("head gradient at work", left, lambda: f"made with the loss: {vocabulary:,} x {hidden:,} x {width} B"))
         return Moment("loss", tuple(items))
 
     def _tail_backward(self) -> Moment:
@@ -325,10 +358,11 @@ class Ledger:
         """Full fine-tuning ends in the embedding, whose gradient is as large as its weight; a tied one is added to the head's."""
         anatomy, tokens = self.anatomy, self.tokens
         size = anatomy.hidden * self.width
+        work = size * (2 if anatomy.scaled_embedding else 1)  # before and after its constant
         extra = self._head() if anatomy.tied_embeddings or self.recipe.micro_batches_per_update > 1 else 0.0
         items = (
             self._gradients(-1),
-            Item("layer at work", float(size * tokens), lambda: f"the gradient that reaches the embedding: {size:,} B a token x {tokens:,} tokens"),
+            Item("layer at work", float(work * tokens), lambda: f"the gradient that reaches the embedding: {work:,} B a token x {tokens:,} tokens"),
             Item("embedding gradient at work", extra, lambda: f"added to the one there is: {anatomy.vocabulary:,} x {size:,} B"),
         )
         return Moment("embedding's backward pass", items)
@@ -353,7 +387,9 @@ class Ledger:
         width = DTYPE_BYTES.get(self.anatomy.dtype, 2)
         stream = Item("source tensors", float(TENSORS_IN_FLIGHT * largest * width),
                       lambda: f"{TENSORS_IN_FLIGHT} in flight, none above {largest:,} x {width} B; the page cache behind them can go")  # fmt: skip
-        return [Moment("streaming the weights", (stream,)), *([] if self.full else [Moment("making the adapters", self.states[:1])])]
+        stack = self.anatomy.largest_stack
+        stacked = Item("experts being stacked", float(stack * width), lambda: f"one layer's, {stack:,} x {width} B, as separate tensors before they are one")
+        return [Moment("streaming the weights", (stream, stacked)), *([] if self.full else [Moment("making the adapters", self.states[:1])])]
 
     def _evaluate(self) -> list[Moment]:
         tokens, hidden, width = self.tokens, self.anatomy.hidden, self.width
@@ -409,7 +445,7 @@ class Ledger:
         return [Moment("checkpoint", (Item("copy to be written", copy, lambda: f"{why}: 2 x {count:,} x {width} B" if copy else why),))]
 
     def _merge(self) -> list[Moment]:
-        largest, width = self.largest_linear, self.width
+        largest, width = max(self.adapted, key=lambda linear: linear.inputs * linear.outputs), self.width
         numbers = largest.inputs * largest.outputs
         copies = 2 if self.box.is_gpu and self.box.unified else 1
         what = "the largest, and its copy for the file" if copies == 2 else "the largest"

@@ -46,6 +46,19 @@ class Tape:
         if storage.references == 0:
             self.now -= storage.size
 
+    def replace(self, name: str, size: float) -> None:
+        """A new tensor of ``size`` bytes takes the name; the old one goes once the new one is there."""
+        self.hold("replacing", size)
+        self.drop(name)
+        self.share(name, "replacing")
+        self.drop("replacing")
+
+    def drop_any(self, *names: str) -> None:
+        """Give up one reference of each of those names that are held."""
+        for name in names:
+            if name in self._names:
+                self.drop(name)
+
     def has(self, name: str) -> bool:
         return name in self._names
 

@@ -1,0 +1,375 @@
+"""Kinds of parts, acted out on a :class:`Tape`: what each holds while it runs forward and backward, in bytes per token.
+
+Every function runs one part forward and returns what its backward pass does, in the order in which transformers' modules and torch's autograd
+make and drop their tensors. Gradients of tensor ``t`` are called ``d:t``; ``grads`` names the tensors that carry one and grows on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from sparklab.model.parts import Activation, Attention, Linear, Norm, Part, Product, Residual, Rotary, Router, Scale, Split
+from sparklab.planner.tape import Tape
+
+Backward = Callable[[Tape], None]
+ATTENTION_ROWS: Final = 256  # rows of queries that attention block by block (windows, soft-capped scores, sinks) takes at once
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the layers are run."""
+
+    compute_bytes: int
+    """Bytes of a number in the base: 2 (bf16) or 4 (fp32)."""
+    adapter_bytes: int
+    rank: int
+    adapted: frozenset[str]
+    """Names of the linear layers with an adapter."""
+    train_base: bool
+    """Full fine-tuning."""
+    dropout_mask_bytes: int
+    """Bytes a number of the mask that dropout on the adapters' input keeps: 1 on CUDA, the number's own size on a CPU; 0 without dropout."""
+    joins_documents: bool = True
+    """Attention runs document by document and copies the outputs into one tensor."""
+    tokens: int = 1
+    """Tokens in a row: what is held however many there are is shared out among them."""
+    longest: int = 1
+    """Tokens in the longest document."""
+
+
+def linear(part: Linear, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
+    """The matrix product, and PEFT's ``result + B(A(dropout(x))) * scaling`` beside it."""
+    b, a = engine.compute_bytes, engine.adapter_bytes
+    adapted, needs_grad = part.name in engine.adapted, part.reads in grads
+    source, low, out = f"{part.name}:input", f"{part.name}:low", part.outputs
+    tape.hold(part.writes, b * out)
+    if adapted:
+        _adapter_forward(part, tape, engine, needs_grad)
+        if not saves:
+            tape.drop_any(source, source + ":dropped", low)
+    if engine.train_base and saves:
+        tape.share(source, part.reads)
+    if adapted or engine.train_base or needs_grad:
+        grads.add(part.writes)
+
+    def backward(tape: Tape) -> None:
+        gradient, below = f"d:{part.writes}", f"d:{part.reads}"
+        if not tape.has(gradient):
+            return
+        if adapted:
+            if a > b:
+                tape.hold("cast", a * out)
+            tape.hold("scaled", a * out)
+            tape.hold("d:low", a * engine.rank)
+            tape.drop_any("scaled", "cast", low)
+            if needs_grad and a > b:
+                tape.hold("wide", a * part.inputs)
+                tape.accumulate(below, b * part.inputs)
+                tape.drop("wide")
+            elif needs_grad:
+                tape.accumulate(below, b * part.inputs)
+            tape.drop_any("d:low", source, source + ":dropped")
+        if needs_grad:
+            tape.accumulate(below, b * part.inputs)
+        if engine.train_base:
+            tape.drop(source)
+        tape.drop(gradient)
+
+    return backward
+
+
+def _adapter_forward(part: Linear, tape: Tape, engine: Engine, needs_grad: bool) -> None:
+    """``result + B(A(dropout(x))) * scaling``; the adapter's input and the low-rank tensor between A and B stay held."""
+    b, a = engine.compute_bytes, engine.adapter_bytes
+    source, low, out = f"{part.name}:input", f"{part.name}:low", part.outputs
+    if a == b:
+        tape.share(source, part.reads)
+    else:  # PEFT casts the input for every target anew
+        tape.hold(source, a * part.inputs)
+    if engine.dropout_mask_bytes:  # the dropped input is a tensor of its own
+        tape.hold(source + ":dropped", a * part.inputs)
+        tape.drop(source)
+        tape.hold(source, engine.dropout_mask_bytes * part.inputs if needs_grad else 0)
+    tape.hold(low, a * engine.rank)
+    tape.hold("delta", a * out)
+    tape.hold("scaled", a * out)
+    tape.drop("delta")
+    tape.hold("sum", max(a, b) * out)
+    tape.drop("scaled")
+    tape.drop(part.writes)
+    if a > b:
+        tape.hold(part.writes, b * out)
+    else:
+        tape.share(part.writes, "sum")
+    tape.drop("sum")
+
+
+def norm(part: Norm, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
+    """RMSNorm as transformers writes it: cast to fp32, square, mean, scale; then cast back and times the weight, or the other way round."""
+    if part.kind == "layer":
+        return _layer_norm(part, tape, engine, saves, grads)
+    b, width = engine.compute_bytes, part.width * part.groups
+    low, needs_grad, trained, late = b < 4, part.reads in grads, engine.train_base, part.kind != "rms"
+    wide, root, scaled = (f"{part.name}:{what}" for what in ("wide", "root", "scaled"))
+    if low:
+        tape.hold(wide, 4 * width)
+    else:
+        tape.share(wide, part.reads)
+    tape.spike(4 * width)
+    tape.hold(root, 4 * part.groups)
+    tape.hold("fp32", 4 * width)
+    if low and not late:
+        tape.hold(scaled, b * width)
+    else:
+        tape.share(scaled, "fp32")
+    if late:  # the product with the weight is fp32 too, and cast back last
+        if not (saves and trained):
+            tape.drop(scaled)
+        tape.hold("weighted", 4 * width)
+        tape.drop("fp32")
+        tape.hold(part.writes, b * width) if low else tape.share(part.writes, "weighted")
+        tape.drop("weighted")
+    else:
+        tape.hold(part.writes, b * width)
+        tape.drop("fp32")
+        if not (saves and trained):
+            tape.drop(scaled)
+    if not (saves and needs_grad):
+        tape.drop_any(wide, root)
+    if needs_grad or trained:
+        grads.add(part.writes)
+
+    return _norm_backward(part, engine, needs_grad)
+
+
+def _norm_backward(part: Norm, engine: Engine, needs_grad: bool) -> Backward:
+    b, width, late = engine.compute_bytes, part.width * part.groups, part.kind != "rms"
+    low, trained = b < 4, engine.train_base
+    wide, root, scaled = (f"{part.name}:{what}" for what in ("wide", "root", "scaled"))
+
+    def backward(tape: Tape) -> None:
+        gradient = f"d:{part.writes}"
+        if not tape.has(gradient):
+            return
+        if late and low:
+            tape.replace(gradient, 4 * width)
+        tape.hold("weighted", (4 if late else b) * width)
+        if trained:
+            tape.spike((4 if late else b) * width)
+            tape.drop(scaled)
+        tape.drop(gradient)
+        if needs_grad:
+            if low and not late:
+                tape.replace("weighted", 4 * width)
+            tape.hold("d:wide", 4 * width)
+            tape.spike(4 * width)
+            tape.drop("weighted")
+            tape.hold("d:mean", 4 * width)
+            tape.spike(3 * 4 * width)  # the square's derivative: a power, twice it, the product
+            tape.drop_any("d:mean", wide, root)
+            tape.accumulate(f"d:{part.reads}", b * width)
+            tape.drop("d:wide")
+        else:
+            tape.drop("weighted")
+
+    return backward
+
+
+def _layer_norm(part: Norm, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
+    """LayerNorm, one kernel: keeps its input, a mean and a deviation."""
+    b, width = engine.compute_bytes, part.width
+    needs_grad = part.reads in grads
+    kept, moments = f"{part.name}:input", f"{part.name}:moments"
+    tape.hold(part.writes, b * width)
+    tape.hold(moments, 2 * b)
+    if needs_grad or engine.train_base:
+        grads.add(part.writes)
+    if saves and part.writes in grads:
+        tape.share(kept, part.reads)
+    else:
+        tape.drop(moments)
+
+    def backward(tape: Tape) -> None:
+        if not tape.has(f"d:{part.writes}"):
+            return
+        if needs_grad:
+            tape.accumulate(f"d:{part.reads}", b * width)
+        tape.drop_any(f"d:{part.writes}", kept, moments)
+
+    return backward
+
+
+def rotary(part: Rotary, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
+    """``x * cos + rotate_half(x) * sin`` on the turned part; cos and sin are shared by all layers and kept outside."""
+    size = part.width * engine.compute_bytes
+    turned = size * part.turned / part.head_dim
+    work = part.width * 4.0 if part.kind == "wide" else turned  # fp32 tables make fp32 products
+    tape.hold("cosine", work)
+    tape.hold("sine", work)
+    if part.kind in ("wide", "joined"):
+        tape.hold("sum", work)
+        tape.drop_any("cosine", "sine")
+        tape.hold(part.writes, size)
+        tape.drop("sum")
+    else:
+        tape.hold(part.writes, size)
+        tape.drop_any("cosine", "sine")
+    if part.reads in grads:
+        grads.add(part.writes)
+
+    def backward(tape: Tape) -> None:
+        if not tape.has(f"d:{part.writes}"):
+            return
+        if part.kind == "wide":
+            tape.replace(f"d:{part.writes}", work)
+            tape.spike(work + size)
+        tape.hold("halves", 2 * turned)
+        tape.accumulate(f"d:{part.reads}", size)
+        if part.kind == "joined":  # the turned and the other part each come back as long as the whole
+            tape.spike(size)
+        tape.drop("halves")
+        tape.drop(f"d:{part.writes}")
+
+    return backward
+
+
+def split(part: Split, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
+    """Views: nothing new forward; backward the pieces are joined at once, or one slice after the other is added to a tensor as long as the whole."""
+    whole = sum(part.widths) * engine.compute_bytes
+    for name in part.writes:
+        tape.share(name, part.reads)
+        if part.reads in grads:
+            grads.add(name)
+
+    def backward(tape: Tape) -> None:
+        pieces = [f"d:{name}" for name in reversed(part.writes) if tape.has(f"d:{name}")]
+        if not pieces:
+            return
+        if part.sliced:
+            for piece in pieces:
+                tape.accumulate(f"d:{part.reads}", whole)
+                tape.drop(piece)
+        else:
+            tape.accumulate(f"d:{part.reads}", whole)
+            tape.drop_any(*pieces)
+
+    return backward
+
+
+def scale(part: Scale, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
+    """A product with a constant keeps nothing."""
+    size = part.width * engine.compute_bytes
+    tape.hold(part.writes, size)
+    if part.reads in grads:
+        grads.add(part.writes)
+
+    def backward(tape: Tape) -> None:
+        if tape.has(f"d:{part.writes}"):
+            tape.accumulate(f"d:{part.reads}", size)
+            tape.drop(f"d:{part.writes}")
+
+    return backward
+
+
+def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
+    """Attention one document after the other; nothing quadratic is ever kept. Values narrower than keys are padded to their width."""
+    b = engine.compute_bytes
+    queries, keys = part.heads * part.head_dim * b, part.kv_heads * part.head_dim * b
+    narrow = part.value_dim or part.head_dim
+    values, result = part.kv_heads * narrow * b, part.heads * narrow * b
+    sizes = {part.query: queries, part.key: keys, part.value: values}
+    out, kept, padded = f"{part.writes}:out", f"{part.writes}:kept", narrow < part.head_dim
+    needs_grad = any(name in grads for name in sizes)
+    if padded:
+        tape.hold("padded", keys)
+    tape.hold(out, queries)
+    tape.hold(f"{part.writes}:lse", 4 * part.heads)
+    tape.spike(_block_bytes(part, engine, b + 4))
+    if engine.joins_documents:
+        tape.hold(part.writes, result)
+    else:
+        tape.share(part.writes, out)
+    if needs_grad and saves:
+        for name in sizes:
+            tape.share(f"{kept}:{name}", "padded" if padded and name == part.value else name)
+        grads.add(part.writes)
+    else:
+        tape.drop_any(out, f"{part.writes}:lse")
+    tape.drop_any("padded")
+
+    def backward(tape: Tape) -> None:
+        gradient = f"d:{part.writes}"
+        if not tape.has(gradient):
+            return
+        if padded:
+            tape.hold("padded gradient", queries)
+            tape.drop(gradient)
+        if engine.joins_documents:  # the documents' gradients, before they are joined
+            tape.hold("pieces", queries + 2 * keys)
+        tape.spike(_block_bytes(part, engine, 3 * 4 + b))
+        for name, size in sizes.items():
+            if padded and name == part.value:
+                tape.spike(keys)
+            if name in grads:
+                tape.accumulate(f"d:{name}", size)
+        tape.drop_any("pieces", out, f"{part.writes}:lse", *(f"{kept}:{name}" for name in sizes))
+        tape.drop_any("padded gradient", gradient)
+
+    return backward
+
+
+def has_fixed_bytes(parts: tuple[Part, ...]) -> bool:
+    """Whether some bytes of these parts do not grow with the row: blocks of scores, a router's weight in fp32."""
+    return any(isinstance(part, Router) or (isinstance(part, Attention) and (part.window or part.capped or part.sinks)) for part in parts)
+
+
+def _block_bytes(part: Attention, engine: Engine, each: int) -> float:
+    """Scores of one block, ``each`` bytes, shared out among the row's tokens; 0 where one kernel does all."""
+    window = part.window if part.window < engine.longest else 0
+    if not (window or part.capped or part.sinks):
+        return 0.0
+    rows = min(ATTENTION_ROWS, engine.longest)
+    seen = min(engine.longest, window + rows - 1) if window else engine.longest
+    return each * part.heads * rows * seen / engine.tokens
+
+
+def pointwise(part: Activation | Product, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
+    """An activation or a product, which keeps all it reads."""
+    reads = (part.reads,) if isinstance(part, Activation) else (part.left, part.right)
+    writes, size = part.writes, part.width * engine.compute_bytes
+    needs_grad = any(name in grads for name in reads)
+    tape.hold(writes, size)
+    if needs_grad:
+        grads.add(writes)
+        if saves:
+            for name in reads:
+                tape.share(f"{writes}:kept:{name}", name)
+
+    def backward(tape: Tape) -> None:
+        if not tape.has(f"d:{writes}"):
+            return
+        for name in reads:
+            tape.accumulate(f"d:{name}", size)
+        tape.drop_any(*(f"{writes}:kept:{name}" for name in reads))
+        tape.drop(f"d:{writes}")
+
+    return backward
+
+
+def residual(part: Residual, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
+    """The sum keeps nothing; its gradient goes both ways without a copy."""
+    tape.hold(part.writes, part.width * engine.compute_bytes)
+    ways = [name for name in (part.stream, part.branch) if name in grads]
+    if ways:
+        grads.add(part.writes)
+
+    def backward(tape: Tape) -> None:
+        if not tape.has(f"d:{part.writes}"):
+            return
+        for name in ways:
+            tape.share(f"d:{name}", f"d:{part.writes}")
+        tape.drop(f"d:{part.writes}")
+
+    return backward
