@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparklab import errors as errors
-    from sparklab.api import Run, quickstart, rehearse, train
+    from sparklab.api import Run, plan, quickstart, rehearse, train
     from sparklab.box import Box
     from sparklab.data.lesson import lesson
     from sparklab.model.anatomy import Anatomy
     from sparklab.panels.plan_panel import explore
-    from sparklab.planner import ModelTable, Plan, PlanTable, plan
+    from sparklab.planner import ModelTable, Plan, PlanTable
     from sparklab.planner import recipes as recipes
     from sparklab.planner.recipe import Recipe
 
@@ -40,7 +40,7 @@ _HOMES = {
     "errors": "sparklab.errors",
     "explore": "sparklab.panels.plan_panel",
     "lesson": "sparklab.data.lesson",
-    "plan": "sparklab.planner",
+    "plan": "sparklab.api",
     "quickstart": "sparklab.api",
     "recipes": "sparklab.planner.recipes",
     "rehearse": "sparklab.api",

@@ -7,23 +7,71 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from sparklab.box import Box
 from sparklab.data.lesson import lesson
 from sparklab.data.read import read_chats
-from sparklab.errors import RunError
+from sparklab.errors import RunError, UnknownFamily
 from sparklab.model.source import check_trainable
 from sparklab.planner import plan as make_plan
-from sparklab.planner.recipe import Recipe
+from sparklab.planner.recipe import Method, Recipe
 from sparklab.results.job import ask
 from sparklab.run import launch
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
+from sparklab.run.tracing import traced, traced_alone
 
 if TYPE_CHECKING:
+    from sparklab.model.anatomy import Anatomy
     from sparklab.panels.tables import Comparison, Evaluation
+    from sparklab.planner import ModelTable, Plan, PlanTable
+    from sparklab.planner.traced import TracedPlan
     from sparklab.run.rehearsal import Rehearsal
+
+
+@overload
+def plan(source: Recipe, *, trace: bool = False, box: Box | None = None, tokens: float | None = None) -> Plan | TracedPlan: ...
+@overload
+def plan(
+    source: str | Path | Anatomy, *, trace: bool = False, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
+) -> PlanTable | TracedPlan: ...
+@overload
+def plan(
+    source: Sequence[str | Path | Anatomy], *, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
+) -> ModelTable: ...
+def plan(
+    source: Any, *, trace: bool = False, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
+) -> Plan | PlanTable | ModelTable | TracedPlan:
+    """What a recipe will hold and take on ``box`` (default: this one); or, for a model, the best plan of each method; or that of several models.
+
+    ``source`` is a :class:`Recipe`, planned as it is, or a model (config.json, directory, hub name, ``"tiny"`` or :class:`Anatomy`): then
+    tokens per micro-batch and layers to checkpoint are solved for, unless ``changes`` (fields of a recipe) say them; or a list of models.
+    ``tokens`` is the size of the training data in tokens, one pass (default: 10 million, and the plan says so).
+
+    With ``trace=True`` the real training step is traced beside it, in a process of its own: on tensors without memory, in seconds, at any
+    size. A model whose family is not known is traced in any case, and its plan says so: the training step alone, without time and energy.
+
+    ::
+
+        plan("path/to/8b").best()                                   # the fastest way to train it here
+        plan("path/to/8b", method="qlora").longest_context()        # the longest documents that fit
+        plan(["path/to/8b", "path/to/70b"]).largest()               # the largest of them that fits
+        plan("path/to/8b", method="lora", trace=True).best().traced
+
+    Reads config.json and nothing else. Raises ModelNotFound, ModelError, RecipeError, BoxError.
+    """
+    box = box or Box.detect()
+    try:
+        made: Any = make_plan(source, box=box, method=method, tokens=tokens, **changes)
+    except UnknownFamily:
+        if isinstance(source, Sequence) and not isinstance(source, str):
+            raise
+        chosen = {} if method is None else {"method": method}
+        recipe = source if isinstance(source, Recipe) else Recipe(**{"model": str(source), "data": "data.jsonl", **chosen, **changes})
+        return traced_alone(recipe, box, sized=isinstance(source, Recipe) or "checkpoint_layers" in changes)
+    planned: Plan | PlanTable | ModelTable = traced(made) if trace else made
+    return planned
 
 
 def train(recipe: Recipe, path: str | os.PathLike[str] | None = None, *, inline: bool = False, panel: bool = True, force: bool = False) -> Run:

@@ -57,6 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--force", action="store_true", help="try although the plan does not fit")
     _plan_flags(verb)
 
+    verb = _verb(verbs, "trace", "the best plan, its training step traced: the real one, on tensors without memory", _trace)
+    verb.add_argument("model", help=field_help()["model"])
+    _plan_flags(verb)
+
     verb = _verb(verbs, "train", "train a recipe in a run directory", _train)
     verb.add_argument("model", help=field_help()["model"])
     verb.add_argument("data", help=field_help()["data"])
@@ -189,6 +193,16 @@ def _rehearse(options: argparse.Namespace) -> None:
     recipe = plan(options.model, box=box, tokens=options.tokens, **_changes(options)).best().recipe
     rehearsal = rehearse(recipe, box=box, force=options.force, on_phase=lambda phase: print(f"{phase} ...", file=sys.stderr))  # noqa: T201
     _show(options, rehearsal.to_dict(), rehearsal)
+
+
+def _trace(options: argparse.Namespace) -> None:
+    from sparklab.api import plan  # noqa: PLC0415
+    from sparklab.box import Box  # noqa: PLC0415
+
+    best: Any = plan(options.model, box=Box.profile(options.box) if options.box else None, tokens=options.tokens, **_changes(options)).best()
+    if hasattr(best, "ledger"):
+        best = plan(best.recipe, trace=True, box=best.box, tokens=options.tokens)
+    _show(options, best.to_dict(), best)
 
 
 def _train(options: argparse.Namespace) -> int:

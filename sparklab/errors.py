@@ -5,7 +5,8 @@
     SparklabError
     ├── RecipeError     (ValueError)         a recipe that cannot be: every fault named at once
     ├── ModelError      (ValueError)         a model that cannot be read or trained
-    │   └── ModelNotFound (FileNotFoundError)
+    │   ├── ModelNotFound (FileNotFoundError)
+    │   └── UnknownFamily                    nobody itemised its layers
     ├── DataError       (ValueError)         records that cannot be learned from
     │   └── DataNotFound  (FileNotFoundError)
     ├── BoxError        (ValueError)         an unknown box
@@ -54,6 +55,10 @@ class ModelError(SparklabError, ValueError):
 
 class ModelNotFound(ModelError, FileNotFoundError):
     """No such model: neither a file, nor a directory, nor in the local hub cache."""
+
+
+class UnknownFamily(ModelError):
+    """The model's family is none of those whose layers are itemised; it can still be traced."""
 
 
 class DataError(SparklabError, ValueError):

@@ -31,12 +31,16 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         if key in self._alive:
             return
         self._alive[key] = storage.nbytes()
-        self.now_bytes += storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+        self._count(key, storage.nbytes())
         weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:
-        self.now_bytes -= self._alive.pop(key)
+        self._count(key, -self._alive.pop(key))
+
+    def _count(self, key: int, size: int) -> None:
+        """A storage comes (``size`` bytes), or goes (as many less)."""
+        self.now_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))

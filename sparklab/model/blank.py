@@ -25,35 +25,40 @@ def blank_base(recipe: Recipe, dtype: torch.dtype, device: torch.device, attenti
 
     Raises :class:`ModelError` where transformers cannot make a language model of the config.
     """
-    model = _on_meta(recipe.model, dtype, attention)
-    quantizer = None
-    if recipe.method == "qlora":
-        from transformers.quantizers import AutoHfQuantizer  # noqa: PLC0415
-
-        # transformers' own choice of what becomes 4-bit, so that it is the same as in a model read from files
-        quantizer = AutoHfQuantizer.from_config(nf4_config(recipe, dtype), pre_quantized=False)
-        quantizer.preprocess_model(model=model, device_map=None)
+    model, quantizer = on_meta(recipe, dtype, attention)
     _fill(model, dtype, device)
     model.tie_weights()
     if quantizer is not None:
         quantizer.postprocess_model(model)
+        model.hf_quantizer = quantizer  # Trainer asks it whether such a model can be trained
     return keep_trainable(model, recipe)
 
 
-def _on_meta(source: str, dtype: torch.dtype, attention: str) -> Any:
-    """The model without storage."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - takes seconds; only who rehearses pays
+def on_meta(recipe: Recipe, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
+    """The base without storage, its linear layers 4-bit ones for qlora; and the quantiser that made them so, which has a last word, or None.
 
-    values = dict(load_config(source))
+    Raises :class:`ModelError` where transformers cannot make a language model of the config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - takes seconds; only who rehearses or traces pays
+
+    values = dict(load_config(recipe.model))
     values.pop("auto_map", None)  # code of the model's own never runs
     values.pop("quantization_config", None)  # the recipe says what is quantised
     try:
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         with META:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except (KeyError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:300]
-        raise ModelError(f"transformers cannot make a language model of {source!r}: {reason}", "check its config.json") from error
+        raise ModelError(f"transformers cannot make a language model of {recipe.model!r}: {reason}", "check its config.json") from error
+    if recipe.method != "qlora":
+        return model, None
+    from transformers.quantizers import AutoHfQuantizer  # noqa: PLC0415
+
+    # transformers' own choice of what becomes 4-bit, so that it is the same as in a model read from files
+    quantizer = AutoHfQuantizer.from_config(nf4_config(recipe, dtype), pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map=None)
+    return model, quantizer
 
 
 def _fill(model: Any, dtype: torch.dtype, device: torch.device) -> None:

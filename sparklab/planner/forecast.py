@@ -16,6 +16,7 @@ from sparklab.planner.fixes import Fix, find_fixes
 from sparklab.planner.ledger import Ledger
 from sparklab.planner.recipe import Recipe
 from sparklab.planner.search import STEP_TOKENS, checkpoint_setting, least_checkpointing, longest_row
+from sparklab.planner.traced import Traced
 from sparklab.units import format_count, gib, is_na, jsonable
 
 TOKENS_ASSUMED: Final = 10_000_000  # when nobody says how much there is to learn from
@@ -47,6 +48,8 @@ class Plan:
     box: Box
     data_tokens: float | None = None
     """Tokens in one pass over the data; None: nobody said, and 10 million are assumed."""
+    traced: Traced | None = None
+    """What a trace of the training step found, where one was asked for."""
 
     @property
     def tokens(self) -> float:
@@ -68,6 +71,9 @@ class Plan:
             notes.append(f"max_length {recipe.max_length} is longer than the {anatomy.max_positions} positions the model was made for")
         if self.ledger.dtype == "bf16" and not box.has_native_bf16:
             notes.append(f"{box.chip} does not compute in bf16: it is emulated, slower than fp32")
+        if self.traced is not None:
+            traced, ledger = (f"{gib(size):.4g} GiB" for size in (self.traced.peak_bytes, self.ledger.peaks["train"]))
+            notes.append(f"traced: the training step holds {traced} at the {self.traced.moment}; these lines say {ledger}")
         return (*notes, *box.in_the_way(self.peak_bytes))
 
     @cached_property
@@ -200,6 +206,7 @@ class Plan:
             "peak_gib": gib(self.peak_bytes),
             "usable_gib": gib(self.usable_bytes),
             "peak_phase": self.peak_phase,
+            **({} if self.traced is None else {"traced_gib": gib(self.traced.peak_bytes)}),
             "lines": [line.to_dict() for line in self.lines],
             "tokens_per_second": list(self.tokens_per_second),
             "hours": list(self.hours),
