@@ -26,7 +26,7 @@ def generating(model: nn.Module) -> Iterator[Any]:
     base = causal_lm(model)
     implementation, was_training = base.config._attn_implementation, model.training
     model.eval()
-    base.set_attn_implementation("sdpa")
+    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")  # SDPA knows neither soft-capped scores nor sinks
     try:
         with torch.no_grad():
             yield model

@@ -73,6 +73,8 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device, attentio
         model: nn.Module = AutoModelForCausalLM.from_pretrained(source, local_files_only=os.path.isdir(source), **options)
     except (OSError, ValueError) as error:
         raise _not_loadable(recipe.model, source, error) from error
+    if hasattr(model.config, "text_config"):
+        raise ModelError(f"model {recipe.model!r} reads more than text, and only text can be trained on", "train a model of text alone")
     return keep_trainable(model, recipe)
 
 

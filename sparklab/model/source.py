@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparklab.errors import ModelError
-from sparklab.model.hub import TINY_PATH
+from sparklab.model.hub import TINY_PATH, load_config
 
 
 def resolve(model: str) -> str:
@@ -30,4 +30,7 @@ def check_trainable(model: str) -> str:
         missing.append("a tokenizer (tokenizer.json)")
     if missing:
         raise ModelError(f"model directory {model!r} lacks {' and '.join(missing)}", "save the model there with save_pretrained, tokenizer included")
+    values = load_config(source)
+    if isinstance(values, dict) and isinstance(values.get("text_config"), dict):
+        raise ModelError(f"model {model!r} reads more than text, and only text can be trained on", "train a model of text alone; a plan is of its text part")
     return source

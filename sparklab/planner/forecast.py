@@ -64,7 +64,7 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """What the reader must know beside the figures."""
         recipe, anatomy, box = self.recipe, self.anatomy, self.box
-        notes = [*anatomy.notes, *([box.note] if box.note else [])]
+        notes = [*self.ledger.notes, *([box.note] if box.note else [])]
         if self.data_tokens is None:
             notes.append(f"time and energy are for {format_count(TOKENS_ASSUMED)} tokens of data, assumed: say tokens=... for yours")
         if anatomy.max_positions and recipe.max_length > anatomy.max_positions:

@@ -101,6 +101,7 @@ class Ledger:
         self.tokens = recipe.micro_batch_tokens
         layers = recipe.checkpoint_layers
         self.checkpointed = anatomy.layers if layers == "all" else 0 if layers == "none" else min(int(layers), anatomy.layers)
+        fixed = any(has_fixed_bytes(block.parts) for block in anatomy.blocks)
         self.engine = Engine(
             compute_bytes=self.width,
             adapter_bytes=self.adapter_width,
@@ -108,7 +109,8 @@ class Ledger:
             adapted=frozenset(linear.name for linear in self.adapted),
             train_base=self.full,
             dropout_mask_bytes=0 if self.full or not recipe.dropout else 1 if box.is_gpu else self.adapter_width,
-            **({"tokens": self.tokens, "longest": recipe.max_length} if any(has_fixed_bytes(block.parts) for block in anatomy.blocks) else {}),
+            tokens=self.tokens if fixed else 1,
+            longest=recipe.max_length if fixed else 1,
         )
 
     # what stays the whole time
@@ -207,8 +209,7 @@ class Ledger:
     @cached_property
     def tail(self) -> Tail:
         """The last norm, as a layer of one part."""
-        parts = (self.anatomy.last_norm, Residual("normed", "normed", "y", self.anatomy.hidden))
-        layer = layer_bytes(parts, self.engine)
+        layer = layer_bytes((self.anatomy.last_norm, Residual("normed", "normed", "y", self.anatomy.hidden)), self.engine)
         return Tail(layer.kept, max(layer.backward))
 
     @cached_property
@@ -383,11 +384,10 @@ class Ledger:
     # the other phases
 
     def _load(self) -> list[Moment]:
-        largest = max(self.anatomy.embedding_parameters, self.largest_linear.inputs * self.largest_linear.outputs)
+        largest, stack = max(self.anatomy.embedding_parameters, self.largest_linear.inputs * self.largest_linear.outputs), self.anatomy.largest_stack
         width = DTYPE_BYTES.get(self.anatomy.dtype, 2)
         stream = Item("source tensors", float(TENSORS_IN_FLIGHT * largest * width),
                       lambda: f"{TENSORS_IN_FLIGHT} in flight, none above {largest:,} x {width} B; the page cache behind them can go")  # fmt: skip
-        stack = self.anatomy.largest_stack
         stacked = Item("experts being stacked", float(stack * width), lambda: f"one layer's, {stack:,} x {width} B, as separate tensors before they are one")
         return [Moment("streaming the weights", (stream, stacked)), *([] if self.full else [Moment("making the adapters", self.states[:1])])]
 
