@@ -26,6 +26,7 @@ SHAPES = {
     "lora_8b": "llama-3.1-8b",
     "lora_14b": "qwen3-14b",
     "lora_32b": "qwen3-32b",
+    "lora_30b_a3b": "qwen3-30b-a3b",
     "qlora_70b": "llama-3.3-70b",
 }
 """Recipe to the file with its model's shapes."""

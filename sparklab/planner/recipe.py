@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -143,6 +144,7 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
+@functools.cache
 def field_help() -> dict[str, str]:
     """The sentence under each field, for command-line help and docs: it is written once, in the class."""
     (recipe,) = (node for node in ast.parse(inspect.getsource(Recipe)).body if isinstance(node, ast.ClassDef))

@@ -73,6 +73,11 @@ def lora_32b(data: str | Path, *, model: str | Path = "Qwen/Qwen3-32B", **change
     return _complete(changes, model=model, data=data, method="lora", learning_rate=LARGE_ADAPTER_RATE, micro_batch_tokens=2048, checkpoint_layers=8)
 
 
+def lora_30b_a3b(data: str | Path, *, model: str | Path = "Qwen/Qwen3-30B-A3B", **changes: Any) -> Recipe:
+    """Adapters on the attention of a mixture of experts, thirty billion parameters in bf16 of which three work on a token. Raises RecipeError."""
+    return _complete(changes, model=model, data=data, method="lora", learning_rate=LARGE_ADAPTER_RATE, micro_batch_tokens=4096)
+
+
 def qlora_70b(data: str | Path, *, model: str | Path = "meta-llama/Llama-3.3-70B-Instruct", **changes: Any) -> Recipe:
     """Adapters on seventy billion parameters in 4 bits. Raises RecipeError."""
     return _complete(changes, model=model, data=data, method="qlora", learning_rate=LARGE_ADAPTER_RATE, micro_batch_tokens=2048)

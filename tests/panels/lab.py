@@ -75,7 +75,11 @@ def server(folder, *, dark=False, subshells=True):
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:  # it waits for a build check that a page asked for and nobody needs any more
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 class Lab:
