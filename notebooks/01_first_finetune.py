@@ -79,14 +79,14 @@ before, after = (entry for entry in run.state.evals if entry["n"] > 0)
 print(f"exact match: {before['exact_match']:.1%} before, {after['exact_match']:.1%} after, on {after['n']:.0f} held-out orders")
 
 assert before["exact_match"] <= 0.05
-assert after["exact_match"] >= 0.40
+assert after["exact_match"] >= 0.90
 
 # %%
 run.compare(
     [
-        "Please send 12 red kites to Omar in Cairo by Friday. Note item, number, name, city, day.",
-        "Layla in Oslo needs 7 small lamps by Monday. Note item, number, name, city, day.",
-        "مطلوب أكواب خفيفة عدد 9 باسم ليلى في جنيف قبل يوم السبت. اكتب البضاعة، العدد، الاسم، المدينة، اليوم.",
+        "Please send 12 red kites to Omar in Cairo by Friday.",
+        "Layla in Oslo needs 7 small lamps by Monday.",
+        "مطلوب أكواب خفيفة عدد 9 باسم ليلى في جنيف قبل يوم السبت.",
         "Please send 12 red kites to Omar in Cairo by Friday. Which city?",
     ]
 )
@@ -108,7 +108,7 @@ sorted(path.name for path in run.path.iterdir())
 # <details><summary>Solution</summary>
 #
 # ```python
-# run.compare(["Please send 12 red kites to Omar in Cairo. Note item, number, name, city, day."])
+# run.compare(["Please send 12 red kites to Omar in Cairo."])
 # ```
 #
 # The tuned model has only ever seen orders with a day. Fine-tuning teaches the form of the answers it was shown.

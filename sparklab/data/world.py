@@ -3,7 +3,7 @@
 Two things come out of this module, both a pure function of a seed:
 
 * ``pretraining_chats(seed)``: an endless stream of short chats (orders with questions about
-  them, meetings, trips, finds, copying drills, small talk; about 85 % English, 15 % Arabic).
+  them, meetings, trips, finds, copying drills, small talk; about three quarters English, one quarter Arabic).
   ``examples/make_tiny.py`` trains the bundled model on it.
 * ``orders(split, n, seed)``: the quickstart's task, a free-text order to one line of JSON.
   No JSON object appears anywhere in the pretraining chats, so the untuned model scores zero.
@@ -196,18 +196,10 @@ def order_text(rng: random.Random, order: Order) -> str:
 # ---------------------------------------------------------------- the task
 
 
-# The base knows such a request and answers it in plain words ("item: red kites, number: 12, ..."): it can find the values and name them.
-# What it has to learn is the form.
-FIELDS = ("item", "number", "name", "city", "day")
-ARABIC_FIELDS = ("البضاعة", "العدد", "الاسم", "المدينة", "اليوم")
-REQUEST = f"Note {', '.join(FIELDS)}."
-ARABIC_REQUEST = f"اكتب {'، '.join(ARABIC_FIELDS)}."
-
-
 def order_json(order: Order) -> str:
-    """The answer the task asks for, on one line: the request's words as keys, the order's own words as values."""
-    values = (order.item, int(order.qty), order.to, order.city, order.day)
-    return json.dumps(dict(zip(ARABIC_FIELDS if order.arabic else FIELDS, values, strict=True)), ensure_ascii=False)
+    """The answer the task asks for: one line of compact JSON, the keys in English, the values in the order's own words."""
+    record = {"item": order.item, "qty": int(order.qty), "to": order.to, "city": order.city, "day": order.day}
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":"))
 
 
 def orders(split: Split, n: int, seed: int = 0, arabic_share: float = 0.2) -> list[dict[str, Chat]]:
@@ -233,7 +225,7 @@ def orders(split: Split, n: int, seed: int = 0, arabic_share: float = 0.2) -> li
         # Spread evenly: every prefix has its share, not only the whole.
         arabic = int((i + 1) * arabic_share) > int(i * arabic_share)
         order = draw_order(rng, split, arabic=arabic)
-        text = f"{order_text(rng, order)} {ARABIC_REQUEST if arabic else REQUEST}"
+        text = order_text(rng, order)
         if text not in seen:
             seen.add(text)
             records.append({"messages": as_chat([(text, order_json(order))])})
@@ -283,62 +275,70 @@ SLOT_WORDS = {
     "item": ["item", "goods"], "qty": ["number", "quantity"], "to": ["name", "recipient"],
     "city": ["city", "place"], "day": ["day", "date"],
 }  # fmt: skip
-ARABIC_SLOT_WORDS = {
-    "item": ["البضاعة"], "qty": ["العدد"], "to": ["الاسم"], "city": ["المدينة"], "day": ["اليوم"],
-}  # fmt: skip
+ARABIC_SLOT_WORDS = {"item": ["البضاعة"], "qty": ["العدد"], "to": ["الاسم"], "city": ["المدينة"], "day": ["اليوم"]}
+
+IN_QUOTES, ARABIC_IN_QUOTES = " In quotes.", " بين علامتي اقتباس."
 
 
 def listing(rng: random.Random, order: Order) -> Turn:
-    """A request for some slots by name, in any order: what teaches picking the right one."""
+    """A request for some slots by name, in any order, named, in quotes or plain: what teaches picking the right one."""
     words = ARABIC_SLOT_WORDS if order.arabic else SLOT_WORDS
+    note, say, in_quotes = ("اكتب", "اذكر", ARABIC_IN_QUOTES) if order.arabic else ("Note", "List", IN_QUOTES)
     slots = rng.sample(sorted(words), rng.randint(2, 5))
     asked = [rng.choice(words[slot]) for slot in slots]
     values = [getattr(order, slot) for slot in slots]
-    separator = rng.choice(["، ", "؛ "] if order.arabic else [", ", "; "])
-    mark = separator.strip()
-    if rng.random() < 0.3:  # with the names kept, as on a form
-        start = "اكتب" if order.arabic else "Note"
-        answer = separator.join(f"{word}: {value}" for word, value in zip(asked, values, strict=True))
-    else:
-        start = "اذكر" if order.arabic else "List"
-        answer = separator.join(values)
-    return f"{start} {f'{mark} '.join(asked)}.", answer
+    separator = rng.choice(["، ", "؛ "] if order.arabic else [", ", "; "])  # the answer's is the question's: it can be known
+    form, names = rng.random(), separator.join(asked)
+    if form < 0.25:  # with the names kept, as on a form
+        return f"{note} {names}.", separator.join(f"{word}: {value}" for word, value in zip(asked, values, strict=True))
+    if form < 0.6:
+        return f"{say} {names}.{in_quotes}", separator.join(f'"{value}"' for value in values)
+    return f"{say} {names}.", separator.join(values)
 
 
 def question(rng: random.Random, order: Order) -> Turn:
     """A question about the order and its answer."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         return listing(rng, order)
     asked, answer = rng.choice(ARABIC_QUESTIONS if order.arabic else QUESTIONS)
-    return order.fill(asked), order.fill(answer)
+    asked, answer = order.fill(asked), order.fill(answer)
+    if rng.random() < 0.2:
+        return asked + (ARABIC_IN_QUOTES if order.arabic else IN_QUOTES), f'"{answer}"'
+    return asked, answer
 
 
 def order_turns(rng: random.Random, order: Order) -> list[Turn]:
-    """An order, then one to five questions about it."""
+    """An order, then one to six questions about it."""
     text, turns = order_text(rng, order), []
     if rng.random() < 0.25:
         answers = ARABIC_ACKNOWLEDGEMENTS if order.arabic else ACKNOWLEDGEMENTS
         turns.append((text, order.fill(rng.choice(answers))))
         text = ""
-    for _ in range(rng.randint(1, 5)):
+    for _ in range(rng.randint(1, 6)):
         asked, answer = question(rng, order)
         turns.append((f"{text} {asked}".lstrip(), answer))
         text = ""
     return turns
 
 
+TWO_ORDER_QUESTIONS: list[Turn] = [
+    ("What does {to} get?", "{item}"), ("Where is {to}?", "{city}"), ("When for {to}?", "{day}"), ("How many for {to}?", "{qty}"),
+]  # fmt: skip
+ARABIC_TWO_ORDER_QUESTIONS: list[Turn] = [
+    ("ماذا يصل إلى {to}؟", "{item}"), ("أين {to}؟", "{city}"), ("متى إلى {to}؟", "{day}"), ("كم عدد طلب {to}؟", "{qty}"),
+]  # fmt: skip
+
+
 def two_order_turns(rng: random.Random) -> list[Turn]:
     """Two orders in one message: the question says whose, so "the only name" is not enough."""
-    first, second = (draw_order(rng, "train", arabic=False) for _ in range(2))
+    arabic = rng.random() < 0.35
+    first, second = (draw_order(rng, "train", arabic=arabic) for _ in range(2))
     if first.to == second.to:
         return two_order_turns(rng)
     text, turns = f"{order_text(rng, first)} {order_text(rng, second)}", []
     for _ in range(rng.randint(1, 4)):
         order = rng.choice([first, second])
-        asked, answer = rng.choice([
-            ("What does {to} get?", "{item}"), ("Where is {to}?", "{city}"),
-            ("When for {to}?", "{day}"), ("How many for {to}?", "{qty}"),
-        ])  # fmt: skip
+        asked, answer = rng.choice(ARABIC_TWO_ORDER_QUESTIONS if arabic else TWO_ORDER_QUESTIONS)
         turns.append((f"{text} {order.fill(asked)}".lstrip(), order.fill(answer)))
         text = ""
     return turns
@@ -460,13 +460,13 @@ def drill(rng: random.Random) -> Turn:
 def pretraining_chat(rng: random.Random) -> Chat:
     """One chat of the mix; its orders, if any, are from the train side of the split."""
     kind = rng.random()
-    if kind < 0.42:
+    if kind < 0.38:
         turns = order_turns(rng, draw_order(rng, "train", arabic=False))
-    elif kind < 0.57:
+    elif kind < 0.60:
         turns = order_turns(rng, draw_order(rng, "train", arabic=True))
     elif kind < 0.70:
         turns = scene_turns(rng)
-    elif kind < 0.79:
+    elif kind < 0.80:
         turns = two_order_turns(rng)
     elif kind < 0.97:
         turns = [drill(rng) for _ in range(rng.randint(1, 3))]

@@ -25,8 +25,8 @@ def answer_of(record: dict[str, world.Chat]) -> dict[str, object]:
 
 
 def pair_of(record: dict[str, world.Chat]) -> tuple[object, object]:
-    _, _, name, city, _ = answer_of(record).values()
-    return name, city
+    answer = answer_of(record)
+    return answer["to"], answer["city"]
 
 
 def is_arabic(text: str) -> bool:
@@ -53,7 +53,7 @@ def test_held_out_set_is_fixed_whatever_the_seed() -> None:
 def test_first_records_do_not_drift() -> None:
     """Measured results name these sets; a change of words must be a decision, not an accident."""
     assert message_of(world.orders("train", 1, seed=0)[0]) == (
-        "Could you get 55 plain brakstaits over to Tesea in Woond by Thursday? Note item, number, name, city, day."
+        "Could you get 55 plain brakstaits over to Tesea in Woond by Thursday?"
     )
     assert [world.side_of("Adam", city) for city in ("Oslo", "Cairo", "Paris")] == ["held_out", "train", "held_out"]
 
@@ -124,12 +124,11 @@ def test_the_answer_is_in_the_words_of_the_message(split: world.Split) -> None:
         assert list(record) == ["messages"]
         assert [m["role"] for m in record["messages"]] == ["user", "assistant"]
         text, answer = message_of(record), answer_of(record)
-        fields = world.ARABIC_FIELDS if is_arabic(text) else world.FIELDS
-        assert tuple(answer) == fields
-        assert isinstance(answer[fields[1]], int)
+        assert list(answer) == ["item", "qty", "to", "city", "day"]
+        assert isinstance(answer["qty"], int)
         for value in answer.values():
             assert re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", text), (value, text)
-        assert record["messages"][1]["content"] == json.dumps(answer, ensure_ascii=False)
+        assert record["messages"][1]["content"] == json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -191,12 +190,12 @@ def test_pretraining_shows_nothing_of_the_held_out_set() -> None:
     assert not [message_of(r) for r in held_out if message_of(r) in text]
 
 
-def test_pretraining_is_mostly_english_with_a_sixth_of_arabic() -> None:
+def test_pretraining_is_mostly_english_with_a_quarter_of_arabic() -> None:
     chats = pretraining(0, 4000)
     # Drills mix the scripts inside one string, so only whole Arabic sentences are counted.
     arabic = sum(is_arabic(chat[-1]["content"][:1]) or is_arabic(chat[-2]["content"][:2])
                  for chat in chats)  # fmt: skip
-    assert 0.13 < arabic / len(chats) < 0.24
+    assert 0.22 < arabic / len(chats) < 0.32
 
 
 def test_probes_are_fixed_single_turns_from_the_held_out_side() -> None:
