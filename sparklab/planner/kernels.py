@@ -33,6 +33,10 @@ class Engine:
     """Bytes a number of the mask that dropout on the adapters' input keeps: 1 on CUDA, the number's own size on a CPU; 0 without dropout."""
     joins_documents: bool = True
     """Attention runs document by document and copies the outputs into one tensor."""
+    autocast: bool = False
+    """Adapters in fp32 run in bf16: each keeps a bf16 copy of its input and no wider tensor, as stock PEFT under ``torch.autocast``."""
+    repeats_heads: bool = False
+    """Attention with a padding mask: keys and values are repeated for every query head."""
     tokens: int = 1
     """Tokens in a row: what is held however many there are is shared out among them."""
     longest: int = 1
@@ -84,7 +88,7 @@ def _adapter_forward(part: Linear, tape: Tape, engine: Engine, needs_grad: bool)
     """``result + B(A(dropout(x))) * scaling``; the adapter's input and the low-rank tensor between A and B stay held."""
     b, a = engine.compute_bytes, engine.adapter_bytes
     source, low, out = f"{part.name}:input", f"{part.name}:low", part.outputs
-    if a == b:
+    if a == b and not engine.autocast:
         tape.share(source, part.reads)
     else:  # PEFT casts the input for every target anew
         tape.hold(source, a * part.inputs)
@@ -291,9 +295,14 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
         tape.hold(part.writes, result)
     else:
         tape.share(part.writes, out)
+    repeated = queries if engine.repeats_heads and part.heads > part.kv_heads else 0
+    tape.spike(2 * repeated)
     if needs_grad and saves:
         for name in sizes:
-            tape.share(f"{kept}:{name}", "padded" if padded and name == part.value else name)
+            if repeated and name != part.query:
+                tape.hold(f"{kept}:{name}", repeated)
+            else:
+                tape.share(f"{kept}:{name}", "padded" if padded and name == part.value else name)
         grads.add(part.writes)
     else:
         tape.drop_any(out, f"{part.writes}:lse")
@@ -307,7 +316,7 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
             tape.hold("padded gradient", queries)
             tape.drop(gradient)
         if engine.joins_documents:  # the documents' gradients, before they are joined
-            tape.hold("pieces", queries + 2 * keys)
+            tape.hold("pieces", queries + 2 * (repeated or keys))
         tape.spike(_block_bytes(part, engine, 3 * 4 + b))
         for name, size in sizes.items():
             if padded and name == part.value:

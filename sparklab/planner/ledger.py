@@ -88,6 +88,8 @@ class Tail:
 class Ledger:
     """The bytes of one recipe on one box. Raises :class:`RecipeError` where recipe and model do not go together."""
 
+    logits_bytes = 12.0  # most held for one logit where all are made at once: log-softmax, its gradient and the logits', in fp32
+
     def __init__(self, anatomy: Anatomy, recipe: Recipe, box: Box) -> None:
         self.anatomy, self.recipe, self.box = anatomy, recipe, box
         self.dtype = box.resolve_dtype(recipe.dtype)
@@ -152,8 +154,7 @@ class Ledger:
         """What the reader must know of the model beside the figures."""
         experts, notes = self.anatomy.expert_parameters, list(self.anatomy.notes)
         if experts and self.four_bit:
-            notes.append(f"the experts ({experts * self.width / GIB:.3g} GiB) stay in {self.dtype}: transformers keeps them as 3-D parameters, and only linear "
-                         f"layers become 4-bit")  # fmt: skip
+            notes.append(f"the experts ({experts * self.width / GIB:.3g} GiB) stay in {self.dtype}: they are 3-D parameters, only linear layers become 4-bit")
         if experts and not self.full:
             notes.append("adapters go on the attention's linear layers; the experts, which are no linear layers, are not adapted")
         return tuple(notes)
@@ -311,9 +312,8 @@ class Ledger:
             what = "logsumexp's copy of the tile, then the slope of the capped logits" if anatomy.capped_logits else "logsumexp's copy of the tile"
             items.append(Item("loss workspace", 4.0 * rows * vocabulary, lambda: f"{what}, {rows:,} x {vocabulary:,} x 4 B"))
         else:
-            each = 16.0 if anatomy.capped_logits else 12.0
-            what = "log-softmax, its gradient, the logits' gradient" + (", the tanh that caps them" if anatomy.capped_logits else "")
-            items.append(Item("all logits", each * tokens * vocabulary, lambda: f"{tokens:,} tokens x {vocabulary:,} x {each:.0f} B ({what}, fp32)"))
+            each = self.logits_bytes + (4.0 if anatomy.capped_logits else 0.0)
+            items.append(Item("all logits", each * tokens * vocabulary, lambda: f"{tokens:,} tokens x {vocabulary:,} x {each:.0f} B (with all gradients)"))
         if self.recipe.micro_batches_per_update > 1:
             items.append(self._gradients(-1))
         if self.full:
