@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from family_configs import REAL
 
 from sparklab.box import Box
 from sparklab.cli import main
 from sparklab.errors import DoesNotFit, ModelError, ModelNotFound, RecipeError
-from sparklab.model.anatomy import Anatomy
+from sparklab.model.anatomy import Anatomy, from_config
 from sparklab.planner import ModelTable, Plan, PlanTable, plan
 from sparklab.planner.search import STEP_TOKENS, least_checkpointing, longest_row
 from sparklab.units import GIB, NA
@@ -85,6 +86,18 @@ def test_nothing_is_longer_than_the_model_was_made_for() -> None:
     assert longest["full"].recipe.max_length < ANATOMY_8B.max_positions
     unknown = plan(ANATOMY_8B, box=Box(name="odd", chip="odd", memory_bytes=NA, unified=False), method="lora").longest_context().best()
     assert unknown.recipe.max_length == ANATOMY_8B.max_positions
+
+
+def test_every_family_has_a_table_and_a_longest_context() -> None:
+    for name, config in REAL.items():
+        anatomy = from_config(config, name)
+        table = plan(anatomy, box=SPARK)
+        assert {one.recipe.method for one in table} == {"full", "lora", "qlora"}
+        for found in table.longest_context():
+            if found.fits and found.recipe.max_length < anatomy.max_positions:
+                assert not one_step_longer(found).replace(checkpoint_layers="all").fits, name
+            assert found.fits or found.recipe.max_length == STEP_TOKENS
+    assert len(REAL) >= 18
 
 
 # the largest model
