@@ -173,6 +173,10 @@ class Anatomy:
                 groups[key] = groups.get(key, 0) + block.count
         return tuple(LinearGroup(name, inputs, outputs, count, group) for (name, inputs, outputs, group), count in groups.items())
 
+    @property
+    def largest_linear(self) -> LinearGroup:
+        return max(self.linears, key=lambda linear: linear.inputs * linear.outputs)
+
     def targeted(self, targets: str | tuple[str, ...]) -> tuple[LinearGroup, ...]:
         """The linear layers that ``targets`` names: ``all-linear``, ``attention``, one name or several. Raises :class:`ModelError` for unknown names.
 

@@ -73,7 +73,8 @@ def layer_bytes(parts: tuple[Part, ...], engine: Engine, input_needs_grad: bool 
     again.hold("d:y", stream)
     _before_recomputing(parts, again, engine)
     undo = _forward(parts, again, engine, True, set(carries))
-    recompute = again.peak
+    last = _last_kernel(parts)
+    recompute = again.marked if isinstance(last, Linear) and last.name in engine.adapted else again.peak
     again.drop_any("y", "d:first", "d:second")
     return LayerBytes(stream, kept, forward, plain.peak, backward, (recompute, *_backward(undo, again)), moved_forward, moved_backward)
 
@@ -83,11 +84,17 @@ def _before_recomputing(parts: tuple[Part, ...], tape: Tape, engine: Engine) -> 
     the first step of what they lead to: the cast of a norm's gradient, the scaling of an adapter's."""
     ends = [part for part in parts[-2:] if isinstance(part, Scale)]  # Granite's product, between the last module and the sum
     tape.hold("d:first", sum(engine.compute_bytes * part.width for part in ends))
-    last = next(part for part in reversed(parts) if not isinstance(part, (Residual, Scale)))  # GPT-NeoX ends in two sums
+    last = _last_kernel(parts)
     if isinstance(last, Linear) and last.name in engine.adapted:
-        tape.hold("d:second", engine.adapter_bytes * last.outputs)
+        cast = engine.compute_bytes if engine.adapter_bytes > engine.compute_bytes else 0  # the base's share of the gradient, in its own type
+        tape.hold("d:second", (engine.adapter_bytes + cast) * last.outputs)
     elif isinstance(last, Norm) and last.kind != "rms" and engine.compute_bytes < 4:
         tape.hold("d:second", 4 * last.width)
+
+
+def _last_kernel(parts: tuple[Part, ...]) -> Part:
+    """The last part that keeps anything."""
+    return next(part for part in reversed(parts) if not isinstance(part, (Residual, Scale)))
 
 
 def _width(parts: tuple[Part, ...]) -> int:

@@ -97,6 +97,7 @@ def _adapter_forward(part: Linear, tape: Tape, engine: Engine, needs_grad: bool)
         tape.drop(source)
         tape.hold(source, engine.dropout_mask_bytes * part.inputs if needs_grad else 0)
     tape.hold(low, a * engine.rank)
+    tape.marked = tape.peak
     tape.hold("delta", a * out)
     tape.hold("scaled", a * out)
     tape.drop("delta")
@@ -317,7 +318,8 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
             tape.drop(gradient)
         if engine.joins_documents:  # the documents' gradients, before they are joined
             tape.hold("pieces", queries + 2 * (repeated or keys))
-        tape.spike(_block_bytes(part, engine, 3 * 4 + b))
+        blocks = _block_bytes(part, engine, 3 * 4 + b)
+        tape.spike(blocks + (2 * (4 - b) * keys / b * engine.longest / engine.tokens if blocks else 0))  # sums for keys and values are fp32
         for name, size in sizes.items():
             if padded and name == part.value:
                 tape.spike(keys)

@@ -15,7 +15,7 @@ from typing import Final
 from sparklab.box import Box
 from sparklab.errors import RecipeError
 from sparklab.model.anatomy import DTYPE_BYTES, Anatomy, LinearGroup
-from sparklab.model.parts import Linear, Part, Residual
+from sparklab.model.parts import Experts, Linear, Part, Residual
 from sparklab.planner.activations import LayerBytes, layer_bytes
 from sparklab.planner.kernels import Engine, has_fixed_bytes
 from sparklab.planner.recipe import Recipe
@@ -51,8 +51,7 @@ class Item:
 
 def runtime(box: Box) -> Item:
     """What is there before the first tensor."""
-    source = box.sources.get("runtime_bytes", "assumed")
-    return Item("runtime", box.runtime_bytes, lambda: f"Python, torch, transformers and the device's context ({source})")
+    return Item("runtime", box.runtime_bytes, lambda: f"Python, torch, transformers, the device's context ({box.sources.get('runtime_bytes', 'assumed')})")
 
 
 def slack(box: Box, moving: float) -> tuple[Item, ...]:
@@ -201,9 +200,8 @@ class Ledger:
         found: list[LayerBytes] = []
         known: dict[int, LayerBytes] = {}  # layers of one kind share their parts
         for block in self.anatomy.blocks:
-            if id(block.parts) not in known:
-                known[id(block.parts)] = layer_bytes(block.parts, self.engine)
-            layer = known[id(block.parts)]
+            layer = known.get(id(block.parts)) or layer_bytes(block.parts, self.engine)
+            known[id(block.parts)] = layer
             found += [layer if found or self.full or self.checkpointed else layer_bytes(block.parts, self.engine, False)] + [layer] * (block.count - 1)
         return tuple(found)
 
@@ -212,10 +210,6 @@ class Ledger:
         """The last norm, as a layer of one part."""
         layer = layer_bytes((self.anatomy.last_norm, Residual("normed", "normed", "y", self.anatomy.hidden)), self.engine)
         return Tail(layer.kept, max(layer.backward))
-
-    @cached_property
-    def largest_linear(self) -> LinearGroup:
-        return max(self.anatomy.linears, key=lambda linear: linear.inputs * linear.outputs)
 
     @cached_property
     def shared(self) -> Item:
@@ -229,7 +223,7 @@ class Ledger:
     def dequantised(self) -> Item | None:
         if not self.four_bit:
             return None
-        largest = self.largest_linear
+        largest = self.anatomy.largest_linear
         return Item("dequantisation workspace", float(largest.inputs * largest.outputs * self.width),
                     lambda: f"the largest linear ({largest.name}, {largest.outputs:,} x {largest.inputs:,}) in {self.dtype}")  # fmt: skip
 
@@ -262,7 +256,10 @@ class Ledger:
         known: dict[int, tuple[int, ...]] = {}
         for block in self.anatomy.blocks:
             if id(block.parts) not in known:
-                known[id(block.parts)] = tuple(self._trained(part) for part in reversed(block.parts))
+                counts = [self._trained(part) for part in reversed(block.parts)]
+                for place in (place for place, part in enumerate(reversed(block.parts)) if isinstance(part, Experts)):
+                    counts[place : place + 2] = 0, sum(counts[place : place + 2])  # theirs come last, when what they held most of is gone
+                known[id(block.parts)] = tuple(counts)
             found += [known[id(block.parts)]] * block.count
         return tuple(found)
 
@@ -384,7 +381,10 @@ class Ledger:
     # the other phases
 
     def _load(self) -> list[Moment]:
-        largest, stack = max(self.anatomy.embedding_parameters, self.largest_linear.inputs * self.largest_linear.outputs), self.anatomy.largest_stack
+        largest, stack = (
+            max(self.anatomy.embedding_parameters, self.anatomy.largest_linear.inputs * self.anatomy.largest_linear.outputs),
+            self.anatomy.largest_stack,
+        )
         width = DTYPE_BYTES.get(self.anatomy.dtype, 2)
         stream = Item("source tensors", float(TENSORS_IN_FLIGHT * largest * width),
                       lambda: f"{TENSORS_IN_FLIGHT} in flight, none above {largest:,} x {width} B; the page cache behind them can go")  # fmt: skip

@@ -19,6 +19,8 @@ class Tape:
         """Bytes held."""
         self.peak = 0.0
         """The most bytes held at once."""
+        self.marked = 0.0
+        """The peak when the last adapter's input and low-rank tensor were there: running a layer again ends with the last tensor kept."""
         self.moved = 0.0
         """Bytes written to and read from memory, each new tensor counted as written once and read once."""
         self._names: dict[str, list[_Storage]] = {}
