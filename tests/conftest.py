@@ -5,6 +5,7 @@ import os
 import pytest
 from support import write_chats
 
+from sparklab.box import calibration
 from sparklab.data.lesson import lesson
 
 os.environ["SPARKLAB_CALIBRATION"] = "off"  # no test looks at what its machine has measured, or leaves something there
@@ -28,3 +29,11 @@ def small_recipe(tmp_path):
         return base.replace(**{**settings, "sample_prompts": (), **changes})
 
     return make
+
+
+@pytest.fixture
+def calibrated(tmp_path, monkeypatch):
+    """Calibration on, in a cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(calibration.SWITCH)
+    return tmp_path / "cache" / "sparklab" / "calibration.json"

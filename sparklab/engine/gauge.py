@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +78,15 @@ class Gauge:
         """Follows storages again."""
         if self._tracker is not None:
             self._tracker.__enter__()  # type: ignore[no-untyped-call]
+
+    @property
+    def resident_bytes(self) -> float:
+        """What the process holds beside living tensors, on a CPU: Python, libraries and what they have set up for themselves."""
+        assert self._tracker is not None, "a device's tensors are not resident memory"
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory until it is asked for it
+            libc.malloc_trim(0)
+        return read_memory().rss_bytes - self._tracker.now_bytes
 
     def synchronize(self) -> None:
         """Waits until the device has done all it was given."""

@@ -89,12 +89,11 @@ class Performance:
 
     def run(self, available_bytes: float) -> dict[str, Any]:
         """All phases in order; what was measured, as plain values. ``available_bytes``: of the pool, before this process began."""
-        bare = read_memory().rss_bytes
         with self._phase("load"):
             attention.register()
             self.model = load.load_model(self.recipe, self.box, attention.NAME, blank_base)
         seconds = self._train()
-        runtime = bare if self.device.type == "cpu" else self._outside_the_allocator(available_bytes)
+        runtime = self.gauge.resident_bytes if self.device.type == "cpu" else self._outside_the_allocator(available_bytes)
         with self._phase("evaluate"):
             mean_loss(self.model, [self._row()], self.recipe.loss, self.device)
         self._sample()
@@ -187,16 +186,23 @@ def cap_memory(limit_bytes: float, runtime_bytes: float) -> None:
     if torch.cuda.is_available():
         share = (limit_bytes - runtime_bytes) / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)))
-    else:
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (int(limit_bytes), hard))
+        return
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+    except (OSError, ValueError, IndexError):  # no Linux: nothing can be capped
+        return
+    # The limit counts address space, of which libraries and threads have asked for more than they use: only what comes from now on is held down.
+    asked = pages * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(max(0.0, limit_bytes - read_memory().rss_bytes)) + asked, hard))
 
 
 def end_with_the_asker() -> None:
     """Ends this process when the one that waits for the answer is gone."""
 
     def watch() -> None:
-        sys.stdin.read()
+        while os.read(0, 1024):  # not through sys.stdin, whose lock the end of a program waits for
+            pass
         os._exit(130)
 
     threading.Thread(target=watch, daemon=True).start()

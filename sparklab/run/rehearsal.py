@@ -31,7 +31,7 @@ from sparklab.units import GIB, NA, gib, is_na, jsonable
 # What the meter of a device cannot see of a plan, as shares of its lines. CUDA's allocator knows all tensors; following storages on a CPU
 # misses what a kernel takes and gives back inside (of logsumexp's copy in bf16, a smaller one that stands beside the tile is seen).
 # Random weights come from no file.
-UNSEEN_ANYWHERE: Final = {"runtime": 1.0, "allocator slack": 1.0, "source tensors": 1.0}
+UNSEEN_ANYWHERE: Final = {"runtime": 1.0, "allocator slack": 1.0, "source tensors": 1.0, "experts being stacked": 1.0}
 LEAST_SECONDS: Final = 0.1  # a micro-batch that the chip could compute in less says little of larger ones: its rate is not kept for later plans
 LEAST_MOVING: Final = 1.0 * GIB  # nor is the slack of an allocator that had less than this to move
 EVERY_SECONDS: Final = 0.1  # between two looks at how far the process is
