@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -39,12 +38,11 @@ def quickstart(method: str, seed: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]], jobs: int) -> str:
-    box = sl.Box.detect()
     lines = [
         "# The quickstart, five seeds by three methods",
         "",
-        f"`python benchmarks/quickstart.py --jobs {jobs}` on {box.chip}, {os.cpu_count()} cores, Python {platform.python_version()}: {jobs} at a time.",
-        f"Exact match on {results[0]['held_out']} held-out orders; seconds from the command's start to the run's end; non-pad tokens a second.",
+        f"`python benchmarks/quickstart.py --jobs {jobs}` on {sl.Box.detect().chip}, Python {platform.python_version()}: {jobs} at a time.",
+        f"Exact match on {results[0]['held_out']} held-out orders; seconds of the worker, from its start to its end; non-pad tokens a second.",
         "",
         "| method | seed | before | after | seconds | tokens/s | planned GiB | measured GiB |",
         "|---|---|---|---|---|---|---|---|",
