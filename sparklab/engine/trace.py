@@ -20,7 +20,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, UnsupportedFakeTensorException
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparklab.box import Box
 from sparklab.engine import attention
@@ -35,7 +35,6 @@ from sparklab.planner.traced import Traced, TracedLine
 CPU: Final = torch.device("cpu")  # fake tensors on a device that is not there end the process; the CPU's operations keep the same tensors
 TRACED: Final = 5  # layers of each stretch that are traced: the middle one touches neither the first nor the last
 BLOCK_OF_CONSTANTS: Final = 256  # scales that bitsandbytes quantises together
-UNTRACEABLE: Final = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 STAYS: Final = ("weights", "quantisation constants", "adapters", "optimizer")
 """What is held the whole time; everything else comes and goes."""
 
@@ -104,9 +103,9 @@ def _moments(recipe: Recipe, box: Box) -> tuple[list[Moment], int]:
             if box.is_gpu:
                 _use_fused_dropout(model)
             moments = follow(model, recipe, row, Books())
-    except UNTRACEABLE as error:
+    except RuntimeError as error:  # all that torch cannot do without numbers, and what its shapes alone do not allow, is one
         reason = str(error).strip().splitlines()[0][:300]
-        raise ModelError(f"{recipe.model!r} cannot be traced, its code looks at numbers that only weights give: {reason}", "plan without the trace") from error
+        raise ModelError(f"{recipe.model!r} cannot be traced with this recipe: {reason}", "plan without the trace, or rehearse") from error
     return whole(moments, stretches), len(decoder_layers(model))
 
 
