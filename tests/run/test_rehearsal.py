@@ -195,7 +195,7 @@ def test_the_process_is_capped(monkeypatch):
 
 
 def test_the_benchmark_runs_small(tmp_path):
-    """The command that rehearses real sizes on a CUDA device, on toys: a mixture of experts, and a base in four bits."""
+    """The command that rehearses real sizes on a CUDA device, on a toy with its base in four bits."""
     script = ROOT / "benchmarks" / "rehearse_spark_sizes.py"
     command = [sys.executable, script, "--small", "--only", "70b-qlora", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
