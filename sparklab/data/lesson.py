@@ -29,7 +29,7 @@ def lesson(method: Method | str, seed: int, folder: str | Path) -> Recipe:
     held_out = _write(folder / "orders-held-out.jsonl", orders("held_out", HELD_OUT, 0))
     return Recipe(
         model="tiny", data=str(train), held_out=str(held_out), method=method, rank=16, alpha=32, learning_rate=LEARNING_RATES[method], betas=(0.9, 0.95),
-        micro_batch_tokens=640, max_length=128, epochs=2, warmup_share=0.08, seed=seed, eval_every=72, answer_held_out=HELD_OUT, answer_tokens=110,
+        micro_batch_tokens=640, max_length=128, epochs=1.5, warmup_share=0.08, seed=seed, eval_every=72, answer_held_out=HELD_OUT, answer_tokens=110,
         sample_prompts=(orders("held_out", 1, 0)[0]["messages"][0]["content"],),
     )  # fmt: skip
 

@@ -52,9 +52,7 @@ def test_held_out_set_is_fixed_whatever_the_seed() -> None:
 
 def test_first_records_do_not_drift() -> None:
     """Measured results name these sets; a change of words must be a decision, not an accident."""
-    assert message_of(world.orders("train", 1, seed=0)[0]) == (
-        "Could you get 55 plain brakstaits over to Tesea in Woond by Thursday?"
-    )
+    assert message_of(world.orders("train", 1, seed=0)[0]) == ("Could you get 55 plain brakstaits over to Tesea in Woond by Thursday?")
     assert [world.side_of("Adam", city) for city in ("Oslo", "Cairo", "Paris")] == ["held_out", "train", "held_out"]
 
 

@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(small_recipe, tmp
 def test_a_nan_fails_the_run_and_leaves_no_result(small_recipe, tmp_path, monkeypatch):
     from sparklab.engine import trainer
 
-    monkeypatch.setattr(trainer, "chunked_cross_entropy", lambda hidden, *_: hidden.sum() * float("nan"))
+    monkeypatch.setattr(trainer, "chunked_cross_entropy", lambda hidden, *_, **__: hidden.sum() * float("nan"))
     run = sl.train(small_recipe(held_out=0.0), tmp_path / "run", inline=True, panel=False)
     assert run.status == "failed"
     assert "loss nan" in run.state.reason
