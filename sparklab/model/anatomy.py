@@ -294,7 +294,10 @@ def _family(values: Mapping[str, Any], source: str) -> tuple[str, Family]:
         raise ModelError(f"{source}: config.json names no model_type", f"it is not the config of a transformers model; known families: {known}")
     name = ALIASES.get(str(name), str(name))
     if name not in FAMILIES:
-        raise UnknownFamily(f"{source} is of the family {name!r}, whose anatomy is not known", f"use a model of one of: {known}")
+        raise UnknownFamily(
+            f"{source} is of the family {name!r}, whose anatomy is not known",
+            f"trace its training step: sparklab trace {source}; or use a model of one of: {known}",
+        )
     if values.get("quantization_config") is not None:
         raise ModelError(f"{source} is already quantised", "name the unquantised original; method='qlora' quantises it while loading")
     return name, FAMILIES[name]
