@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, overload
@@ -58,6 +58,13 @@ def make_row(documents: Sequence[Document]) -> Row:
         position_ids=list(chain.from_iterable(map(range, lengths))),
         boundaries=list(accumulate(lengths, initial=0)),
     )
+
+
+def longest_micro_batch(recipe: Recipe, draw: Callable[[int], list[int]]) -> Row:
+    """The row that holds most: documents of ``max_length`` tokens, the last one what is left, all of them learned. ``draw(n)`` makes n token ids."""
+    tokens, longest = recipe.micro_batch_tokens, recipe.max_length
+    drawn = [draw(min(longest, tokens - start)) for start in range(0, tokens, longest)]
+    return make_row([Document(ids, [IGNORED, *ids[1:]]) for ids in drawn])
 
 
 _Compact = tuple["array[int]", "array[int]"]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
-from sparklab.data.dataset import make_row
-from sparklab.data.template import IGNORED, Document
+from sparklab.data.dataset import longest_micro_batch
+from sparklab.data.template import IGNORED
 from sparklab.engine.storages import StorageTracker
 from sparklab.engine.trainer import collate, row_loss
 from sparklab.model.load import decoder_layers
@@ -105,10 +105,8 @@ class Books(StorageTracker):
 
 
 def longest_row(recipe: Recipe) -> dict[str, Tensor]:
-    """The longest micro-batch of a recipe: documents of ``max_length`` tokens, the last one what is left, all of them learned."""
-    tokens, longest = recipe.micro_batch_tokens, recipe.max_length
-    lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
-    return collate([make_row([Document([0] * length, [IGNORED] + [0] * (length - 1)) for length in lengths])])
+    """The longest micro-batch of a recipe, ready for the model."""
+    return collate([longest_micro_batch(recipe, lambda length: [0] * length)])
 
 
 def follow(model: nn.Module, recipe: Recipe, row: dict[str, Tensor], books: Books) -> list[Moment]:

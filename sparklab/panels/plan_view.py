@@ -66,6 +66,10 @@ class Settings:
             checkpoint_layers=checkpoint_setting(choice.layers, self.layers),
         )
 
+    def plans(self, choice: Choice) -> dict[Method, Plan]:
+        """The plans of a choice, one a method."""
+        return {method: self.plan(choice, method) for method in self.bases}
+
 
 def title(settings: Settings) -> tuple[str, str]:
     """The model's name; what else is to be known of it and of the box."""
@@ -75,7 +79,10 @@ def title(settings: Settings) -> tuple[str, str]:
 
 def view(settings: Settings, choice: Choice) -> dict[str, Any]:
     """Everything that changes with the sliders, ready for JSON: a bar a method on one scale, and the chosen plan in words."""
-    plans = {method: settings.plan(choice, method) for method in settings.bases}
+    return _view(settings, choice, settings.plans(choice))
+
+
+def _view(settings: Settings, choice: Choice, plans: dict[Method, Plan]) -> dict[str, Any]:
     chosen, usable = plans[choice.method], plans[choice.method].usable_bytes
     known = not is_na(usable)
     return {
@@ -114,8 +121,8 @@ def _settings_words(settings: Settings, choice: Choice) -> str:
 
 def twin_html(settings: Settings, choice: Choice, home: str) -> str:
     """The panel without script and style sheet: what a saved notebook shows. ``home`` is the class by which the live panel finds its place."""
-    seen, (name, about) = view(settings, choice), title(settings)
-    plans = {method: settings.plan(choice, method) for method in settings.bases}
+    plans = settings.plans(choice)
+    seen, (name, about) = _view(settings, choice, plans), title(settings)
     whole = render.scale(plans.values())
     small = f"font-size:12px;color:{DIM}"
     bars = "".join(

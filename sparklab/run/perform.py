@@ -28,8 +28,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sparklab.box import Box
 from sparklab.box.meter import read_memory
 from sparklab.box.power import PowerMeter
-from sparklab.data.dataset import Row, make_row
-from sparklab.data.template import IGNORED, Document
+from sparklab.data.dataset import Row, longest_micro_batch
 from sparklab.engine import attention, merge
 from sparklab.engine.answer import continuations
 from sparklab.engine.gauge import Gauge
@@ -116,14 +115,8 @@ class Performance:
             yield
 
     def _row(self) -> Row:
-        """The longest micro-batch: documents of ``max_length`` random tokens, and a shorter one where they leave room; every token is learned."""
-        tokens, longest = self.recipe.micro_batch_tokens, self.recipe.max_length
-        lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
-        documents = []
-        for length in lengths:
-            ids = self._tokens(length)
-            documents.append(Document(ids, [IGNORED, *ids[1:]]))
-        return make_row(documents)
+        """The longest micro-batch, of random tokens."""
+        return longest_micro_batch(self.recipe, self._tokens)
 
     def _tokens(self, count: int) -> list[int]:
         return random.choices(range(self.anatomy.vocabulary), k=count)

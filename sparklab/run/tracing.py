@@ -1,13 +1,11 @@
 """Traces in a process of its own: ``python -m sparklab.run.tracing``.
 
-Whoever asks for them need not load torch: recipes and box go in as one JSON object on standard input, what was found comes back in the file
-named there. Of the model, config.json alone is read, here, and handed over.
+Whoever asks for them need not load torch (:mod:`sparklab.run.process`). Of the model, config.json alone is read, here, and handed over.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,12 +14,13 @@ from pathlib import Path
 from typing import Any, overload
 
 from sparklab.box import Box
-from sparklab.errors import ModelError, RecipeError, RunFailed, SparklabError
+from sparklab.errors import ModelError, RecipeError
 from sparklab.model.hub import load_config
 from sparklab.planner.forecast import Plan, PlanTable
 from sparklab.planner.recipe import Recipe
 from sparklab.planner.traced import Traced, TracedPlan
 from sparklab.run.launch import child_environment
+from sparklab.run.process import answer_process, ask_process
 
 
 @overload
@@ -55,35 +54,22 @@ def trace(recipes: Sequence[Recipe], box: Box) -> list[Traced]:
     """
     (model,) = {recipe.model for recipe in recipes}
     with tempfile.TemporaryDirectory(prefix="sparklab-") as folder:
-        config, answer = Path(folder) / "config.json", Path(folder) / "answer.json"
+        config = Path(folder) / "config.json"
         config.write_text(json.dumps(load_config(model)), encoding="utf-8")
-        request = {"recipes": [recipe.replace(model=str(config)).to_dict() for recipe in recipes], "box": asdict(box), "answer": str(answer)}
-        process = subprocess.run(
-            [sys.executable, "-m", "sparklab.run.tracing"], input=json.dumps(request).encode(), capture_output=True, check=False,
-            env=child_environment(offline=True),
-        )  # fmt: skip
-        if not answer.is_file():
-            tail = process.stderr.decode("utf-8", "replace").strip().splitlines()[-5:]
-            raise RunFailed(f"the trace ended with exit status {process.returncode}:\n" + "\n".join(tail), "plan without the trace")
-        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        request = {"recipes": [recipe.replace(model=str(config)).to_dict() for recipe in recipes], "box": asdict(box)}
+        found = ask_process("sparklab.run.tracing", request, child_environment(offline=True), "the trace", "plan without the trace")
     if "error" in found:
         raise ModelError(found["fact"].replace(str(config), model), found["fix"])
     return [Traced.from_dict(one) for one in found["traced"]]
 
 
-def main() -> int:
-    """Reads the request, traces, writes what was found."""
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The trace of each recipe of the request."""
     from sparklab.engine.trace import trace as trace_here  # noqa: PLC0415 - torch
 
-    request = json.loads(sys.stdin.read())
     box = Box(**request["box"])
-    try:
-        found: dict[str, Any] = {"traced": [trace_here(Recipe.from_dict(recipe), box).to_dict() for recipe in request["recipes"]]}
-    except SparklabError as error:
-        found = error.to_dict()
-    Path(request["answer"]).write_text(json.dumps(found), encoding="utf-8")
-    return 0
+    return {"traced": [trace_here(Recipe.from_dict(recipe), box).to_dict() for recipe in request["recipes"]]}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer_process(answer))

@@ -2,23 +2,11 @@
 
 import pytest
 from safetensors.torch import load_file
+from support import stop_after
 
 import sparklab as sl
-from sparklab.run.reporter import Reporter
 
 pytestmark = pytest.mark.slow
-
-
-def stop_after(monkeypatch, step):
-    """The user's stop command, arriving during a certain update."""
-    obey = Reporter._obey
-
-    def obey_and_stop(self, control):
-        if self.trainer.state.global_step == step:
-            self.directory.send("stop")
-        obey(self, control)
-
-    monkeypatch.setattr(Reporter, "_obey", obey_and_stop)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

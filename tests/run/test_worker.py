@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import stop_after
 
 import sparklab as sl
 from sparklab.errors import RunError, RunFailed, RunNotFound
-from sparklab.run.reporter import Reporter
 
 pytestmark = pytest.mark.slow
 
@@ -17,18 +17,6 @@ pytestmark = pytest.mark.slow
 def events(run, kind=None):
     found = [json.loads(line) for line in run.directory.events_path.read_text().splitlines()]
     return [event for event in found if kind is None or event["event"] == kind]
-
-
-def stop_after(monkeypatch, step):
-    """The user's stop command, arriving during a certain update."""
-    obey = Reporter._obey
-
-    def obey_and_stop(self, control):
-        if self.trainer.state.global_step == step:
-            self.directory.send("stop")
-        obey(self, control)
-
-    monkeypatch.setattr(Reporter, "_obey", obey_and_stop)
 
 
 def test_a_run_tells_its_whole_story(small_recipe, tmp_path):
