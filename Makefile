@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 FILES := sparklab tests examples benchmarks
 
 .PHONY: quickstart test test-fast lint lab notebooks wheel pins clean
@@ -10,11 +11,11 @@ FILES := sparklab tests examples benchmarks
 quickstart: .venv/base ## fine-tune the bundled model and show that it helped
 	$(BIN)/sparklab quickstart
 
-test: .venv/dev ## the whole test suite
-	$(BIN)/python -m pytest
+test: .venv/dev ## the whole test suite, a file at a time on every core
+	$(TESTS)
 
 test-fast: .venv/dev ## the tests that take seconds: no training, no browser
-	$(BIN)/python -m pytest -m "not slow and not browser"
+	$(TESTS) -m "not slow and not browser"
 
 lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff check $(FILES)
