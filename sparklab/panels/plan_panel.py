@@ -1,13 +1,11 @@
 """The plan with sliders: a picture in the notebook that a live kernel makes movable, and that stays when the kernel is gone.
 
-What lies in the notebook's output is the static twin, always. Where a kernel stands behind it, a widget without a view of its own finds the
-twin by its class and puts its controls in its place; when the sliders rest, the twin in the output is brought up to date.
+When the sliders rest, the twin in the output is brought up to date.
 """
 
 from __future__ import annotations
 
 import threading
-import uuid
 from typing import Any, Final
 
 import anywidget
@@ -17,7 +15,7 @@ from sparklab.box import Box
 from sparklab.errors import RecipeError
 from sparklab.panels import parts, plan_view
 from sparklab.panels.plan_view import Choice, Settings
-from sparklab.panels.run_panel import in_kernel
+from sparklab.panels.resident import Resident
 from sparklab.panels.widget import asset, hear_every_page
 from sparklab.planner import ModelTable, Plan, PlanTable, plan
 from sparklab.planner.recipe import METHODS, Method, Recipe
@@ -61,17 +59,16 @@ class PlanWidget(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is not
     settled = traitlets.Int(0, help="Counts how often a slider was let go.").tag(sync=True)
 
 
-class PlanPanel:
+class PlanPanel(Resident):
     """Sliders over plans: shows itself in a notebook, and elsewhere prints the plan it stands at."""
 
+    kind = "plan"
+
     def __init__(self, bases: dict[Method, Plan], start: Plan) -> None:
+        super().__init__()
         self._settings = Settings(bases, Choice.of(start))
         self._choice = self._settings.start
-        self._guard = threading.RLock()  # the page's messages come on a thread of their own
-        self._home = ""
-        self._handle: Any = None
         self._timer: threading.Timer | None = None
-        self.widget: PlanWidget | None = None
 
     @property
     def plan(self) -> Plan:
@@ -89,21 +86,8 @@ class PlanPanel:
     def __str__(self) -> str:
         return str(self.plan)
 
-    def _repr_html_(self) -> str:
+    def _twin(self) -> str:
         return plan_view.twin_html(self._settings, self._choice, self._home)
-
-    def _bundle(self) -> dict[str, str]:
-        return {"text/plain": str(self), "text/html": self._repr_html_()}
-
-    def _ipython_display_(self) -> None:
-        from IPython.display import display  # noqa: PLC0415 - only a kernel has it
-
-        if self.widget is not None:  # shown a second time: the sliders move there, and leave their picture behind
-            self._keep()
-            self.widget.close()
-        self._home = f"sparklab-plan-{uuid.uuid4().hex}"
-        self._handle = display(self._bundle(), raw=True, display_id=True)
-        self.widget = self._make_widget() if in_kernel() else None
 
     def _make_widget(self) -> PlanWidget:
         settings, start = self._settings, self._choice
@@ -130,9 +114,3 @@ class PlanPanel:
             self._timer = threading.Timer(REST_SECONDS, self._keep)
             self._timer.daemon = True
             self._timer.start()
-
-    def _keep(self) -> None:
-        """Brings the twin in the notebook's output up to date."""
-        with self._guard:
-            if self._handle is not None:
-                self._handle.update(self._bundle(), raw=True)

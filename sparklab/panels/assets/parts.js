@@ -158,3 +158,22 @@ function onTheme(callback) {
   query.addEventListener("change", callback);
   return () => { observer.disconnect(); query.removeEventListener("change", callback); };
 }
+
+/** Keeps the live panel where its twin stands: an output drawn anew brings a new twin, and a kernel that is gone leaves the twin alone. */
+function dwell(root, home) {
+  let still = [], place = null, focus = null;
+  root.addEventListener("focusin", (event) => { focus = event.target; });
+  document.addEventListener("pointerdown", (event) => { if (!root.contains(event.target)) focus = null; }, true);
+  const settle = () => {
+    if (root.isConnected) return;
+    const found = document.querySelector(`.${CSS.escape(home)}`);
+    if (!found) return;
+    place = found; still = [...found.childNodes];
+    found.replaceChildren(root);
+    if (focus && (document.activeElement === document.body || document.activeElement === null || document.activeElement.contains(root))) focus.focus({ preventScroll: true });
+  };
+  const observer = new MutationObserver(settle);
+  observer.observe(document.body, { childList: true, subtree: true });
+  settle();
+  return () => { observer.disconnect(); if (place && root.isConnected) place.replaceChildren(...still); };
+}

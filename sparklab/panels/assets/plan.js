@@ -99,25 +99,6 @@ function planControls(ui, model, scales) {
   return read;
 }
 
-/** Keeps the live panel where its twin stands: an output drawn anew brings a new twin, and a kernel that is gone leaves the twin alone. */
-function dwell(root, home) {
-  let still = [], place = null, focus = null;
-  root.addEventListener("focusin", (event) => { focus = event.target; });
-  document.addEventListener("pointerdown", (event) => { if (!root.contains(event.target)) focus = null; }, true);
-  const settle = () => {
-    if (root.isConnected) return;
-    const found = document.querySelector(`.${CSS.escape(home)}`);
-    if (!found) return;
-    place = found; still = [...found.childNodes];
-    found.replaceChildren(root);
-    if (focus && (document.activeElement === document.body || document.activeElement === null || document.activeElement.contains(root))) focus.focus({ preventScroll: true });
-  };
-  const observer = new MutationObserver(settle);
-  observer.observe(document.body, { childList: true, subtree: true });
-  settle();
-  return () => { observer.disconnect(); if (place && root.isConnected) place.replaceChildren(...still); };
-}
-
 function initialize({ model }) {
   const scales = model.get("scales");
   const root = make("div", "sparklab sl-plan", "", { role: "group", "aria-label": "Plan" });

@@ -1,0 +1,59 @@
+"""A panel that lives where its picture stands: what lies in the notebook's output is the static twin, always.
+
+Where a kernel stands behind the notebook, a widget without a view of its own finds the twin by its class and puts the live panel in its place
+(``dwell`` in assets/parts.js), also after a reload of the page. When the kernel is gone, the twin is what is left.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Any
+
+from sparklab.panels.run_panel import in_kernel
+
+
+class Resident:
+    """Shows itself in a notebook. Who inherits says what the twin is and makes the widget.
+
+    A widget must know its ``home``: the class of the element whose place it takes.
+    """
+
+    kind = "panel"
+    """What the home is called after."""
+
+    def __init__(self) -> None:
+        self._guard = threading.RLock()  # the page's messages come on a thread of their own
+        self._home = ""
+        self._handle: Any = None
+        self.widget: Any = None
+
+    def _twin(self) -> str:
+        """The panel as it stands, without script and style sheet, inside ``<div class="sparklab-twin HOME">``."""
+        raise AssertionError("who inherits says what the twin is")
+
+    def _make_widget(self) -> Any:
+        """The widget for this panel's ``_home``."""
+        raise AssertionError("who inherits makes the widget")
+
+    def _repr_html_(self) -> str:
+        return self._twin()
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display  # noqa: PLC0415 - only a kernel has it
+
+        if self.widget is not None:  # shown a second time: it moves there, and leaves its picture behind
+            self._keep()
+            self.widget.close()
+        self._home = f"sparklab-{self.kind}-{uuid.uuid4().hex}"
+        self._handle = display(self._bundle(), raw=True, display_id=True)
+        self.widget = self._make_widget() if in_kernel() else None
+
+    def _bundle(self) -> dict[str, str]:
+        return {"text/plain": str(self), "text/html": self._twin()}
+
+    def _keep(self) -> None:
+        """Brings the twin in the notebook's output up to date."""
+        with self._guard:
+            if self._handle is not None:
+                self._handle.update(self._bundle(), raw=True)
