@@ -20,7 +20,7 @@ def held_by_others(proc: Path, memory: MemorySnapshot) -> dict[str, float]:
 
     A process is counted by what only it holds (anonymous and shared memory; files it has mapped can go). Never raises.
     """
-    held = _named(proc, _processes(proc))
+    held = _named(proc, process_sizes(proc))
     for name, size in ((SWAP, memory.swap_used_bytes), (CACHE, memory.cached_bytes)):
         if size >= LEAST_BYTES:  # NA compares false
             held[name] = size
@@ -29,21 +29,26 @@ def held_by_others(proc: Path, memory: MemorySnapshot) -> dict[str, float]:
 
 def held_on_gpus(proc: Path, run: Callable[[Sequence[str]], str]) -> dict[str, float]:
     """Name to bytes of GPU memory, largest first: processes other than this one, as nvidia-smi tells. Never raises."""
+    return _named(proc, device_sizes(run))
+
+
+def device_sizes(run: Callable[[Sequence[str]], str]) -> dict[int, float]:
+    """What each process holds on the NVIDIA devices, in bytes by its id; on a unified box that is part of the one pool. Never raises."""
     sizes: dict[int, float] = {}
     for line in run(("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")).splitlines():
         pid, _, size = (word.strip() for word in line.partition(","))
         if pid.isdigit() and size.isdigit():
             sizes[int(pid)] = sizes.get(int(pid), 0.0) + int(size) * MIB
-    return _named(proc, sizes)
+    return sizes
 
 
 def _named(proc: Path, sizes: dict[int, float]) -> dict[str, float]:
     """The largest processes by name."""
     others = ((size, pid) for pid, size in sizes.items() if size >= LEAST_BYTES and pid != os.getpid())
-    return {f"{_name(proc, pid)} (process {pid})": size for size, pid in sorted(others, reverse=True)[:MOST_NAMED]}
+    return {f"{process_name(proc, pid)} (process {pid})": size for size, pid in sorted(others, reverse=True)[:MOST_NAMED]}
 
 
-def _processes(proc: Path) -> dict[int, float]:
+def process_sizes(proc: Path) -> dict[int, float]:
     """What each process holds, by its id."""
     sizes = {}
     try:
@@ -56,7 +61,7 @@ def _processes(proc: Path) -> dict[int, float]:
     return sizes
 
 
-def _name(proc: Path, pid: int) -> str:
+def process_name(proc: Path, pid: int) -> str:
     """The program's name as it may stand in a line of text."""
     try:
         text = (proc / str(pid) / "comm").read_text(encoding="utf-8", errors="replace")
