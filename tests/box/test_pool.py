@@ -27,7 +27,7 @@ def made(folder, processes, *, total=100, free=30, available=55, cached=25):
 
 
 def test_the_books_close_and_runs_have_names(tmp_path):
-    worker = ["python", "-m", "sparklab.run.worker", "/home/nora/runs/chat-1", "--lock-fd", "3"]
+    worker = ["python", "-m", "sparklab.run.worker", "/data/runs/chat-1", "--lock-fd", "3"]
     cut = worker[:3]
     processes = {7: ("python3", worker, 20), 8: ("vllm\x1b[31m", ["vllm"], 12), 9: ("sh", ["sh"], 0.01), 10: ("cut", cut, 2)}
     pool = read_pool(8 * GIB, made(tmp_path, processes))
