@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparklab import errors as errors
-    from sparklab.api import Run, plan, quickstart, rehearse, train
+    from sparklab.api import Run, plan, quickstart, rehearse, runs, train
     from sparklab.box import Box
     from sparklab.data.lesson import lesson
     from sparklab.model.anatomy import Anatomy
@@ -44,6 +44,7 @@ _HOMES = {
     "quickstart": "sparklab.api",
     "recipes": "sparklab.planner.recipes",
     "rehearse": "sparklab.api",
+    "runs": "sparklab.api",
     "train": "sparklab.api",
 }
 
@@ -51,7 +52,7 @@ _MODULES = {"errors", "recipes"}
 
 __all__ = [
     "Anatomy", "Box", "ModelTable", "Plan", "PlanTable", "Recipe", "Run",
-    "errors", "explore", "lesson", "plan", "quickstart", "recipes", "rehearse", "train",
+    "errors", "explore", "lesson", "plan", "quickstart", "recipes", "rehearse", "runs", "train",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Final, overload
 
 from sparklab.box import Box
 from sparklab.data.lesson import lesson
@@ -24,10 +24,14 @@ from sparklab.run.tracing import traced, traced_alone
 
 if TYPE_CHECKING:
     from sparklab.model.anatomy import Anatomy
+    from sparklab.panels.runs_panel import RunTable
     from sparklab.panels.tables import Comparison, Evaluation
     from sparklab.planner import ModelTable, Plan, PlanTable
     from sparklab.planner.traced import TracedPlan
     from sparklab.run.rehearsal import Rehearsal
+
+RUNS: Final = Path("runs")
+"""Where runs go, and are looked for, unless somebody says otherwise."""
 
 
 @overload
@@ -83,7 +87,7 @@ def train(recipe: Recipe, path: str | os.PathLike[str] | None = None, *, inline:
 
     Raises RecipeError, ModelError, DataError, DoesNotFit, DiskFull, RunExists.
     """
-    target = Path(path) if path is not None else Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.fingerprint[:4]}"
+    target = Path(path) if path is not None else RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.fingerprint[:4]}"
     planned = make_plan(recipe, box=Box.detect())
     check_trainable(recipe.model)
     read_chats(recipe.data)
@@ -268,12 +272,23 @@ class Run:
         return f"Run({str(self.path)!r}: {state.status}, step {state.step} of {state.steps})"
 
 
+def runs(*places: str | os.PathLike[str]) -> RunTable[Run]:
+    """Runs side by side: a table, and in a notebook their loss curves on one axis, live while one of them is at work.
+
+    ``places`` are run directories or folders of runs (default: ``runs``). The table is a sequence of :class:`Run`, ``.best`` the one with the
+    lowest held-out loss. Raises RunNotFound where a place is neither.
+    """
+    from sparklab.panels.runs_panel import RunTable, find  # noqa: PLC0415 - panels only where somebody looks
+
+    return RunTable(find(places or (RUNS,)), Run)
+
+
 def quickstart(method: str = "lora", seed: int = 0, path: str | os.PathLike[str] | None = None, *, panel: bool = True) -> Run:
     """Teaches the bundled tiny model to note a free-text order as JSON, which it cannot do before, and returns the run at once.
 
     The lesson's records are written beside the run. Raises RecipeError on an unknown method, and what :func:`train` raises.
     """
-    target = Path(path) if path is not None else Path("runs") / f"quickstart-{method}-{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    target = Path(path) if path is not None else RUNS / f"quickstart-{method}-{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     return train(lesson(method, seed, target.parent / "lesson"), target, panel=panel)
 
 

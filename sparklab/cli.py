@@ -74,6 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0, help="seed of the training data and the run (default: 0)")
     verb.add_argument("--run", dest="directory", help="the run directory (default: runs/quickstart-...)")
 
+    verb = _verb(verbs, "runs", "runs side by side: how they ended, in what they differ, which is best", _runs)
+    verb.add_argument("places", nargs="*", help="run directories, or folders of runs (default: runs)")
+
     for name, text, action in (
         ("watch", "follow a run until it is over", _watch),
         ("stop", "finish the update, save a checkpoint, leave", _stop),
@@ -252,6 +255,13 @@ def _follow(options: argparse.Namespace, run: Any, detach: bool, quiet: bool = F
     if not quiet:
         _show(options, run.to_dict(), run)
     return 0
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from sparklab.api import runs  # noqa: PLC0415
+
+    table = runs(*options.places)
+    _show(options, table.to_dict(), table)
 
 
 def _open(options: argparse.Namespace) -> Any:

@@ -1,0 +1,197 @@
+"""Several runs beside each other, in words and figures: computed once here for the live table, its static twin and the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Final
+
+from sparklab.errors import SparklabError
+from sparklab.panels import facts, parts
+from sparklab.panels.parts import DIM, LINE, SEGMENTS, Chart, Curve, Dots, chart_html, escape, one_line, swatch
+from sparklab.planner.recipe import Recipe
+from sparklab.run.directory import RunDirectory
+from sparklab.run.state import RunState
+from sparklab.units import NA, format_count, format_seconds, gib, is_na, jsonable
+
+COLOURS: Final = SEGMENTS[:-1]
+MOST_DRAWN: Final = len(COLOURS)
+"""Curves in one picture: as many as there are colours that can be told apart."""
+_SAME: Final = frozenset({"model", "method", "sample_prompts"})
+"""Fields that the table shows anyway, or that change nothing."""
+_TONES: Final = {"run": parts.LOSS, "good": parts.GOOD, "warn": parts.WARN, "bad": parts.BAD}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run: its directory, its state now, its recipe (None where it cannot be read) and its plan."""
+
+    directory: RunDirectory
+    state: RunState
+    recipe: Recipe | None
+    plan: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return facts.title(self.directory)[0]
+
+
+def recipe_of(directory: RunDirectory) -> Recipe | None:
+    """The run's recipe; None where it is damaged or another version's."""
+    try:
+        return directory.recipe
+    except (SparklabError, TypeError, ValueError):
+        return None
+
+
+def differing(entries: Sequence[Entry]) -> list[str]:
+    """The recipe's fields in which the runs differ, in the recipe's order."""
+    recipes = [entry.recipe for entry in entries if entry.recipe is not None]
+    names = [field.name for field in dataclasses.fields(Recipe) if field.name not in _SAME]
+    return [name for name in names if len({repr(getattr(recipe, name)) for recipe in recipes}) > 1]
+
+
+def by_tokens(entries: Sequence[Entry]) -> bool:
+    """Whether updates are of different sizes, so that tokens are the fair axis and steps are not."""
+    sizes = {(entry.recipe.micro_batch_tokens, entry.recipe.micro_batches_per_update) for entry in entries if entry.recipe is not None}
+    return len(sizes) > 1
+
+
+def figures(entry: Entry) -> dict[str, Any]:
+    """The run in figures, ready for JSON; None for what is not known."""
+    state, best = entry.state, entry.state.best_eval
+    scored = [score["exact_match"] for score in state.evals if not is_na(score["exact_match"])]
+    recipe = entry.recipe
+    values = {
+        "run": str(entry.directory.path), "status": state.status, "model": recipe.model if recipe else None, "method": recipe.method if recipe else None,
+        "step": state.step, "steps": state.steps, "loss": parts.smooth(state.losses, parts.smoothing(state.steps))[-1] if state.losses else NA,
+        "best_held_out_loss": best["loss"] if best else NA, "exact_match": scored[-1] if scored else NA, "tokens": state.tokens,
+        "tokens_per_second": _pace(state), "peak_gib": gib(state.peak_bytes), "planned_gib": entry.plan.get("peak_gib"),
+        "seconds": state.elapsed_seconds,
+    }  # fmt: skip
+    checked: dict[str, Any] = jsonable(values)
+    return checked
+
+
+def _pace(state: RunState) -> float:
+    """Non-pad tokens a second over the whole run: what a comparison wants, where the live panel shows the last updates."""
+    seconds = sum(state.step_seconds)
+    return state.tokens / seconds if seconds > 0 else NA
+
+
+_COLUMNS: Final = (
+    ("best_held_out_loss", "best held-out", lambda value: f"{value:.4f}"),
+    ("loss", "training loss", lambda value: f"{value:.3f}"),
+    ("exact_match", "exact match", lambda value: f"{value:.1%}"),
+    ("tokens_per_second", "tokens/s", lambda value: f"{value:,.0f}"),
+    ("peak_gib", "peak", facts.size),
+    ("seconds", "time", format_seconds),
+)
+"""(figure, heading, how it is written); a column that no run has a figure for is left out."""
+
+
+def table(entries: Sequence[Entry]) -> dict[str, Any]:
+    """Headings and rows of cleaned text; the best held-out loss is marked. ``differing`` fields stand as words with each run."""
+    found = [figures(entry) for entry in entries]
+    columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in found)]
+    losses = [row["best_held_out_loss"] for row in found if row["best_held_out_loss"] is not None]
+    names = differing(entries)
+    rows = []
+    for index, (entry, row) in enumerate(zip(entries, found, strict=True)):
+        head = facts.head(entry.state)
+        rows.append({
+            "name": entry.name,
+            "about": facts.title(entry.directory)[1],
+            "word": head["word"],
+            "tone": head["tone"],
+            "step": head["step"],
+            "settings": [f"{name} {one_line(getattr(entry.recipe, name), 60)}" for name in names] if entry.recipe is not None else [],
+            "cells": [parts.one_line("–" if row[key] is None else show(row[key])) for key, _, show in columns],
+            "best": len(losses) > 1 and row["best_held_out_loss"] == min(losses),
+            "colour": COLOURS[index] if index < MOST_DRAWN else "",
+        })  # fmt: skip
+    return {"headings": [heading for _, heading, _ in columns], "rows": rows, "by_tokens": by_tokens(entries)}
+
+
+def points(entry: Entry, tokens: bool) -> tuple[list[float], list[float], list[tuple[float, float]]]:
+    """x (updates, or tokens seen) and smoothed training loss of every update, and (x, loss) of every evaluation."""
+    state = entry.state
+    xs = list(accumulate(state.step_tokens)) if tokens else [float(step) for step in state.loss_steps]
+    place = {0.0: 0.0, **{float(step): x for step, x in zip(state.loss_steps, xs, strict=True)}}
+    evals = [(place[score["step"]], score["loss"]) for score in state.evals if score["step"] in place and not is_na(score["loss"])]
+    return xs, parts.smooth(state.losses, parts.smoothing(state.steps)), evals
+
+
+def twin_html(entries: Sequence[Entry], home: str = "") -> str:
+    """Table and overlaid curves without script and style sheet; everything in it is escaped."""
+    small = f"font-size:12px;color:{DIM}"
+    frame = f"max-width:1080px;border:1px solid {LINE};border-radius:8px;padding:14px 16px;font-size:13px;line-height:1.45"
+    if not entries:
+        return (
+            f'<div class="sparklab-twin {escape(home)}"><div style="{frame}">No runs here. <span style="{small}">sl.train(recipe, "runs/1")</span></div></div>'
+        )
+    seen = table(entries)
+    body = _curves_html(entries[:MOST_DRAWN], seen["by_tokens"]) + _table_html(seen)
+    more = f"; curves of the first {MOST_DRAWN}" if len(entries) > MOST_DRAWN else ""
+    head = (
+        f'<b style="font-size:15px">{len(entries)} run{"s" * (len(entries) > 1)}</b> <span style="{small}">smoothed training loss, dots held-out{more}</span>'
+    )
+    return f'<div class="sparklab-twin {escape(home)}"><div style="{frame}">{head}{body}</div></div>'
+
+
+def _curves_html(entries: Sequence[Entry], tokens: bool) -> str:
+    curves, dots, shown, end = [], [], [], 1.0
+    for entry, colour in zip(entries, COLOURS, strict=False):
+        xs, ys, evals = points(entry, tokens)
+        curves.append(Curve(xs=xs, ys=ys, colour=colour, width=2))
+        dots.append(Dots(xs=[x for x, _ in evals], ys=[y for _, y in evals], colour=colour, size=6))
+        shown += [value for value in (*ys, *(y for _, y in evals)) if math.isfinite(value)]
+        end = max(end, *(xs[-1:] or [1.0]))
+    if not shown:
+        return f'<div style="font-size:12px;color:{DIM};margin:8px 0">No step was made yet.</div>'
+    chart = Chart(x_range=(0.0, end), y_ticks=parts.ticks(min(shown), max(shown)), curves=tuple(curves), dots=tuple(dots))
+    losses = "; ".join(f"{entry.name}: {facts.figures(entry.state)['held_out']} held out" for entry in entries)
+    labels = ("0 tokens", f"{format_count(end)} tokens") if tokens else ("step 0", f"step {end:,.0f}")
+    return f'<div style="margin:14px 0 0 0">{chart_html(chart, f"Loss of {len(entries)} runs. {losses}.", 220, labels)}</div>'
+
+
+def _table_html(seen: dict[str, Any]) -> str:
+    cell = "padding:4px 14px 4px 0;border:0;background:none;vertical-align:baseline"
+    right = f"{cell};text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums"
+    heads = "".join(f'<th style="{right};font-weight:normal;color:{DIM}">{escape(heading)}</th>' for heading in seen["headings"])
+    rows = ""
+    for row in seen["rows"]:
+        square = swatch(row["colour"]) if row["colour"] else ""
+        words = " · ".join(escape(text) for text in (row["about"], row["step"], *row["settings"]) if text)
+        name = (
+            f'<div>{square}<b dir="auto">{escape(row["name"])}</b> <span style="color:{_TONES[row["tone"]]}">● {escape(row["word"])}</span></div>'
+            f'<div style="font-size:12px;color:{DIM}">{words}</div>'
+        )
+        cells = "".join(
+            f'<td style="{right}">{f"<b>{escape(text)}</b>" if row["best"] and index == 0 else escape(text)}</td>' for index, text in enumerate(row["cells"])
+        )
+        rows += f'<tr style="background:none"><td style="{cell};text-align:left;min-width:200px">{name}</td>{cells}</tr>'
+    head = f'<tr style="background:none"><th style="{cell};text-align:left;font-weight:normal;color:{DIM}">run</th>{heads}</tr>'
+    return (
+        f'<div style="overflow-x:auto;margin:12px 0 0 0"><table style="border-collapse:collapse;border:0;width:100%;font-size:13px">{head}{rows}</table></div>'
+    )
+
+
+def text(entries: Sequence[Entry]) -> str:
+    """The table for a terminal: a line a run, and below it what it was set to where the runs differ."""
+    if not entries:
+        return "no runs"
+    seen = table(entries)
+    lines = [["run", "state", *seen["headings"]], *([row["name"], row["word"], *row["cells"]] for row in seen["rows"])]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    shown = []
+    for index, line in enumerate(lines):
+        best = index > 0 and seen["rows"][index - 1]["best"]
+        cells = [f"{word:<{width}}" if column < 2 else f"{word:>{width}}" for column, (word, width) in enumerate(zip(line, widths, strict=True))]
+        shown.append("  ".join(cells).rstrip() + ("  best" if best else ""))
+        if index and seen["rows"][index - 1]["settings"]:
+            shown.append("  " + ", ".join(seen["rows"][index - 1]["settings"]))
+    return "\n".join(shown)
