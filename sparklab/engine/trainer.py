@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     ) -> None:
         self.recipe, self.folder = recipe, folder
         self.update_tokens = self.update_supervised = 0
+        self.update_wait_seconds = 0.0  # of the update under way, for its rows
         arguments = training_arguments(recipe, folder, len(train_rows), held_out=bool(held_out_rows))
         super().__init__(
             model=model,
@@ -75,6 +77,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         count = float(num_items_in_batch) if num_items_in_batch is not None else float((inputs["labels"][:, 1:] != IGNORE).sum())
         ranks: int = self.accelerator.num_processes
         return row_loss(model, inputs, count, self.recipe.loss) * ranks
+
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
+        """Trainer's own, timed: how long an update waits for its data."""
+        began = time.perf_counter()
+        try:
+            return super().get_batch_samples(*arguments, **options)
+        finally:
+            self.update_wait_seconds += time.perf_counter() - began
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """As :meth:`measure_loss`, and tells the callbacks."""

@@ -4,13 +4,15 @@ Every event has ``event`` (its kind), ``seq`` (its number, counting from 0 throu
 
 =============  ==========================================================================================================
 started        pid, host, device, dtype, method, resumed_from (step or null)
-phase          phase: load | prepare | evaluate | train | sample | save | paused; seconds-long, so panels can say what is going on
+phase          phase: load | prepare | evaluate | train | sample | save | paused; seconds-long, so panels can say what is going on; detail in words
 data           the data report's figures (records, tokens, supervised_tokens, fill ...)
 model          parameters, trainable_parameters
-step           step, steps, epoch, loss (mean over supervised tokens), learning_rate, grad_norm, tokens (non-pad), supervised_tokens, seconds
+step           step, steps, epoch, loss (mean over supervised tokens), learning_rate, grad_norm, tokens (non-pad), seconds,
+               wait_seconds (of these, for its rows)
 eval           step, loss, tokens; with answers: exact_match (0 to 1), n
 sample         step, prompt, text
-memory         process_bytes, peak_bytes, available_bytes, total_bytes, and on CUDA allocated_bytes, reserved_bytes
+memory         process_bytes, peak_bytes, available_bytes, total_bytes, free_bytes, cached_bytes, swap_used_bytes, pressure_percent,
+               and on CUDA allocated_bytes, reserved_bytes; where known others (name to bytes), watts, floor_bytes (of the guard)
 checkpoint     step, path (inside the run), bytes
 command        name, id, detail: a command was carried out (or refused)
 warning        message

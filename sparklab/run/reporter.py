@@ -58,8 +58,9 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         self.events.write(
             "step", step=state.global_step, steps=state.max_steps, epoch=round(state.epoch or 0.0, 4), loss=logs["loss"],
             learning_rate=logs.get("learning_rate"), grad_norm=logs.get("grad_norm"), tokens=trainer.update_tokens, seconds=round(seconds, 6),
+            wait_seconds=round(trainer.update_wait_seconds, 6),
         )  # fmt: skip
-        trainer.update_tokens = 0
+        trainer.update_tokens, trainer.update_wait_seconds = 0, 0.0
         if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0)):
             raise RunFailed(
                 f"loss {logs['loss']} and gradient norm {logs.get('grad_norm')} at step {state.global_step}: the update cannot be trusted",
@@ -120,6 +121,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             "peak_bytes": snapshot.rss_peak_bytes,
             "available_bytes": snapshot.available_bytes,
             "total_bytes": snapshot.total_bytes,
+            "free_bytes": snapshot.free_bytes,
+            "cached_bytes": snapshot.cached_bytes,
+            "swap_used_bytes": snapshot.swap_used_bytes,
+            "pressure_percent": snapshot.pressure_percent,
         }
         if torch.cuda.is_available():
             fields["allocated_bytes"] = torch.cuda.max_memory_allocated()

@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from sparklab.run.events import Event
 from sparklab.units import NA
 
 Status = Literal["starting", "running", "paused", "stopped", "failed", "finished", "lost"]
+
+KEPT_MEMORY: Final = 240
+"""Memory events kept: the last minutes; a run of weeks must not grow whoever looks on."""
+LONGEST_DRAW_SECONDS: Final = 30.0
+"""Between two readings of the power; across longer gaps nobody knows what was drawn."""
+
+
+_MEMORY = ("process_bytes", "peak_bytes", "available_bytes", "total_bytes", "free_bytes", "cached_bytes", "swap_used_bytes", "pressure_percent",
+           "allocated_bytes", "reserved_bytes", "watts", "floor_bytes")  # fmt: skip
 
 
 def _number(value: Any) -> float:
@@ -32,6 +41,8 @@ class RunState:
 
     status: Status = "starting"
     phase: str = "start"
+    detail: str = ""
+    """What the phase says of itself, in words."""
     step: int = 0
     steps: int = 0
     epoch: float = 0.0
@@ -55,10 +66,15 @@ class RunState:
     """Non-pad tokens of each update."""
     step_seconds: list[float] = field(default_factory=list)
     """Duration of each update, without loading and evaluating."""
+    step_waits: list[float] = field(default_factory=list)
+    """Of these, the seconds spent waiting for data."""
     evals: list[dict[str, float]] = field(default_factory=list)
     """step, loss, and where answers were compared exact_match and n."""
     samples: list[dict[str, Any]] = field(default_factory=list)
-    memory: list[dict[str, float]] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    """The latest readings: time, step, the sizes in bytes, pressure_percent, watts, and others (name to bytes)."""
+    joules: float = NA
+    """Drawn so far, where the box tells what it draws."""
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
     """What a person should read: warnings, commands carried out, the last word."""
@@ -123,13 +139,13 @@ class RunState:
     def _rewind(self, step: int) -> None:
         """Steps after the checkpoint a run resumed from will be made again: forget them, so that no step counts twice."""
         keep = sum(1 for logged in self.loss_steps if logged <= step)
-        for series in (self.loss_steps, self.losses, self.grad_norms, self.learning_rates, self.step_tokens, self.step_seconds):
+        for series in (self.loss_steps, self.losses, self.grad_norms, self.learning_rates, self.step_tokens, self.step_seconds, self.step_waits):
             del series[keep:]
         self.evals = [entry for entry in self.evals if entry["step"] <= step]
         self.step = step
 
     def _on_phase(self, event: Event) -> None:
-        self.phase = str(event.get("phase", ""))
+        self.phase, self.detail = str(event.get("phase", "")), str(event.get("detail") or "")
         self.status = "paused" if self.phase == "paused" else "running"
 
     def _on_data(self, event: Event) -> None:
@@ -151,6 +167,7 @@ class RunState:
         self.learning_rates.append(_number(event.get("learning_rate")))
         self.step_tokens.append(_number(event.get("tokens")))
         self.step_seconds.append(_number(event.get("seconds")))
+        self.step_waits.append(_number(event.get("wait_seconds")))
 
     def _on_eval(self, event: Event) -> None:
         self.evals.append({key: _number(event.get(key)) for key in ("step", "loss", "exact_match", "n")})
@@ -159,9 +176,13 @@ class RunState:
         self.samples.append({"step": _number(event.get("step")), "prompt": str(event.get("prompt", "")), "text": str(event.get("text", ""))})
 
     def _on_memory(self, event: Event) -> None:
-        names = ("process_bytes", "peak_bytes", "available_bytes", "total_bytes", "allocated_bytes", "reserved_bytes")
-        entry = {"step": float(self.step), **{name: _number(event.get(name)) for name in names}}
+        entry = {"time": self.last_time, "step": float(self.step), **{name: _number(event.get(name)) for name in _MEMORY}}
+        others = event.get("others")
+        entry["others"] = {str(name): _number(size) for name, size in list(others.items())[:20]} if isinstance(others, dict) else {}
+        if self.memory and 0 <= (gap := self.last_time - self.memory[-1]["time"]) <= LONGEST_DRAW_SECONDS and not math.isnan(entry["watts"]):
+            self.joules = (0.0 if math.isnan(self.joules) else self.joules) + entry["watts"] * gap
         self.memory.append(entry)
+        del self.memory[:-KEPT_MEMORY]
         if not math.isnan(entry["peak_bytes"]):
             self.peak_bytes = entry["peak_bytes"] if math.isnan(self.peak_bytes) else max(self.peak_bytes, entry["peak_bytes"])
 
