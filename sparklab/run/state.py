@@ -176,7 +176,7 @@ class RunState:
         self.samples.append({"step": _number(event.get("step")), "prompt": str(event.get("prompt", "")), "text": str(event.get("text", ""))})
 
     def _on_memory(self, event: Event) -> None:
-        entry = {"time": self.last_time, "step": float(self.step), **{name: _number(event.get(name)) for name in _MEMORY}}
+        entry: dict[str, Any] = {"time": self.last_time, "step": float(self.step), **{name: _number(event.get(name)) for name in _MEMORY}}
         others = event.get("others")
         entry["others"] = {str(name): _number(size) for name, size in list(others.items())[:20]} if isinstance(others, dict) else {}
         if self.memory and 0 <= (gap := self.last_time - self.memory[-1]["time"]) <= LONGEST_DRAW_SECONDS and not math.isnan(entry["watts"]):

@@ -307,3 +307,24 @@ def test_following_costs_what_is_new(directory):
         for _ in range(20):
             follower.refresh()
         assert time.perf_counter() - begin < 1.0 and follower.state.step == 3000
+
+
+def memory(time, **fields):
+    return {"event": "memory", "time": time, "process_bytes": 1e9, **fields}
+
+
+def test_energy_is_the_draw_over_the_time_it_was_known_for():
+    state = state_of(STARTED, memory(1000.0, watts=40.0), memory(1002.0, watts=50.0), memory(1003.0), memory(1500.0, watts=70.0), memory(1501.0, watts=60.0))
+    assert state.joules == 50 * 2 + 60 * 1  # a gap of minutes is nobody's guess
+    assert math.isnan(state_of(STARTED, memory(1000.0), memory(1001.0)).joules)
+
+
+def test_readings_of_the_memory_stay_few_and_name_others():
+    state = state_of(STARTED, *(memory(1000.0 + i) for i in range(5000)), memory(6000.0, others={"java": 2e9, "bad": "x"}), memory(6001.0, others=[1]))
+    assert len(state.memory) <= 240
+    assert state.memory[-2]["others"]["java"] == 2e9 and math.isnan(state.memory[-2]["others"]["bad"]) and state.memory[-1]["others"] == {}
+
+
+def test_waiting_for_data_is_kept_beside_the_step():
+    state = state_of(STARTED, {**step(1), "wait_seconds": 0.25}, step(2), {"event": "phase", "phase": "load", "detail": "12 of 40 GiB"})
+    assert state.step_waits[0] == 0.25 and math.isnan(state.step_waits[1]) and state.detail == "12 of 40 GiB"
