@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+ADD: Final = torch.ops.aten.add.Tensor
+ADD_IN_PLACE: Final = torch.ops.aten.add_.Tensor
+HELD_BY_ENGINE: Final = 4  # references to a tensor in a dispatch mode's arguments that autograd alone holds (torch 2.13; tests/engine/test_storages.py)
+OWN_FRAMES: Final = ("__torch_dispatch__", "_fn", "inner")  # of this module and of torch, between an operation and whoever asked for it
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
@@ -43,8 +49,29 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation is ADD and torch._C._current_graph_task_id() != -1 and _is_accumulation(*args[:2]):
+            operation = ADD_IN_PLACE
         result = operation(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.watch(leaf)
         return result
+
+
+def _is_accumulation(held: Any, added: Any) -> bool:
+    """Whether autograd adds up two contributions to one gradient, which it does in place but for the presence of a dispatch mode.
+
+    ``can_accumulate_inplace`` in torch's autograd/input_buffer.cpp: nobody else holds the first contribution, nor a view of it.
+    """
+    if not isinstance(added, torch.Tensor) or held._use_count() > HELD_BY_ENGINE or held.shape != added.shape or held.dtype != added.dtype:
+        return False
+    frame = sys._getframe(1)
+    while frame.f_code.co_name in OWN_FRAMES or frame.f_code is _is_accumulation.__code__:
+        assert frame.f_back is not None, "somebody asks for every operation"
+        frame = frame.f_back
+    if frame.f_code.co_name != "_engine_run_backward":  # an addition in a backward pass written in Python
+        return False
+    storage = held.untyped_storage()
+    dense = held.nbytes == storage.nbytes() or held.is_contiguous()
+    alone = torch._C._storage_Use_Count(storage._cdata) == 2  # the tensor's own reference, and the one just asked for
+    return dense and alone
