@@ -35,11 +35,11 @@ class Slope(torch.autograd.Function):
     """A backward pass written in Python, with an addition of its own that is no accumulation."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
+    def forward(context, tensor: Tensor) -> Tensor:
         return tensor.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(context, grad: Tensor) -> Tensor:
         return grad + grad * 2
 
 
