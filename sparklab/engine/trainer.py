@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from sparklab.data.dataset import Row
 from sparklab.data.pack import epoch_order
 from sparklab.engine import checkpoint
 from sparklab.engine.loss import IGNORE, chunked_cross_entropy, full_cross_entropy
+from sparklab.errors import RecipeError
 from sparklab.model.load import causal_lm
 from sparklab.planner.recipe import Recipe
 
@@ -33,19 +35,41 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 class EpochSampler(Sampler[int]):
-    """Every row once, in an order that depends on seed and epoch alone, so that a resumed run meets the same rows."""
+    """Every row once, in an order that depends on seed and epoch alone, so that a resumed run meets the same rows.
 
-    def __init__(self, rows: int, seed: int) -> None:
-        self.rows, self.seed, self.epoch = rows, seed, 0
+    accelerate gives each of ``world`` ranks every ``world``-th of these. Left to itself it would show the first rows a second time where
+    ranks do not divide the rows; so the order is filled up, see :func:`epoch_order`.
+    """
+
+    def __init__(self, rows: int, seed: int, world: int = 1) -> None:
+        self.rows, self.seed, self.world, self.epoch = rows, seed, world, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        return iter(epoch_order(self.rows, self.seed, self.epoch))
+        return iter(epoch_order(self.rows, self.seed, self.epoch, self.world))
 
     def __len__(self) -> int:
-        return self.rows
+        return self.rows + -self.rows % self.world
+
+
+class FilledUp(Sequence[Row]):
+    """Rows, and one more behind the last, of a single token from which nothing is learned: what a rank computes that has no row left."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.blank = Row(input_ids=[0], labels=[IGNORE], position_ids=[0], boundaries=[0, 1])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        return self.blank if index == len(self.rows) else self.rows[index]
 
 
 class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
@@ -62,7 +86,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             model=model,
             args=arguments,
             data_collator=collate,
-            train_dataset=train_rows,
+            train_dataset=FilledUp(train_rows),
             eval_dataset=held_out_rows if len(held_out_rows) else None,
             callbacks=[callback],
         )
@@ -106,7 +130,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        return EpochSampler(len(train_dataset if train_dataset is not None else self.train_dataset), self.recipe.seed)
+        return EpochSampler(len(train_dataset if train_dataset is not None else self.train_dataset), self.recipe.seed, self.accelerator.num_processes)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with checkpoint.written_whole(checkpoint.step_path(self.folder, self.state.global_step)) as draft:
@@ -168,10 +192,14 @@ def total_steps(recipe: Recipe, rows: int) -> int:
 def training_arguments(recipe: Recipe, folder: Path, rows: int, held_out: bool) -> TrainingArguments:
     """The recipe in Trainer's words. Logging every update is ours to read; saving and evaluating keep to the recipe's pace."""
     steps = total_steps(recipe, rows)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says it
+    if recipe.micro_batches_per_update % ranks:
+        fact = f"{ranks} processes cannot share {recipe.micro_batches_per_update} rows an update (micro_batches_per_update) evenly"
+        raise RecipeError(fact, f"set micro_batches_per_update to a multiple of {ranks}, or start fewer processes")
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,  # one packed row
-        gradient_accumulation_steps=recipe.micro_batches_per_update,
+        gradient_accumulation_steps=recipe.micro_batches_per_update // ranks,  # an update is over as many rows, however many share them
         max_steps=steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.schedule,

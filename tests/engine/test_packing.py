@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from family_configs import SMALL
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sparklab.data.dataset import make_row
 from sparklab.data.template import Document
-from sparklab.engine import attention
+from sparklab.engine import attention, blockwise
 from sparklab.engine.trainer import collate, mean_loss, row_loss
 from sparklab.model.load import set_checkpointing
 
@@ -93,3 +94,119 @@ def test_mean_loss_is_a_mean_over_tokens_and_leaves_the_mode():
     assert measured["tokens"] == count
     assert measured["loss"] == pytest.approx(expected.item(), rel=1e-6)
     assert model.training
+
+
+# ---------------------------------------------------------------- every attention path, alone
+
+HEADS, NUMBERS = 4, 16  # query heads, numbers a head
+
+PATHS = {
+    "sdpa": {},
+    "sdpa, keys shared": {"kv_heads": 2},
+    "sdpa, one key for all": {"kv_heads": 1, "scaling": 0.3},
+    "narrow values": {"value_width": 10},
+    "window": {"sliding_window": 5},
+    "window of one": {"sliding_window": 1},
+    "window, keys shared": {"sliding_window": 5, "kv_heads": 2},
+    "window, narrow values": {"sliding_window": 5, "value_width": 10},
+    "window longer than any document": {"sliding_window": 1000},
+    "softcap": {"softcap": 3.0},
+    "softcap and window, keys shared": {"softcap": 3.0, "sliding_window": 5, "kv_heads": 2},
+    "sinks": {"s_aux": True, "kv_heads": 2},
+    "sinks and window": {"s_aux": True, "sliding_window": 5},
+    "everything": {"s_aux": True, "sliding_window": 5, "softcap": 3.0, "kv_heads": 2, "value_width": 10, "scaling": 0.3},
+}  # fmt: skip
+
+
+def plain_attention(query, key, value, scaling, sliding_window, softcap, s_aux):
+    """The formula, with all scores of one document held: [1, heads, S, D] queries on [1, kv_heads, S, D] keys."""
+    key, value = (each.repeat_interleave(HEADS // key.shape[1], 1) for each in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    behind = torch.arange(scores.shape[-2])[:, None] - torch.arange(scores.shape[-1])
+    scores = scores.masked_fill((behind < 0) | (behind >= (sliding_window or len(behind))), -torch.inf)
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    return (scores.softmax(-1)[..., : value.shape[2]] @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_attention_path_keeps_documents_apart(path, monkeypatch):
+    """Outputs and gradients of a row are those of its documents run one by one: in the same kernels, and in the plain formula."""
+    monkeypatch.setattr(blockwise, "ATTENTION_ROWS", 4)  # so that a document of 17 tokens has five blocks
+    options = {"kv_heads": HEADS, "value_width": NUMBERS, "scaling": None, "sliding_window": None, "softcap": None, "s_aux": None, **PATHS[path]}
+    kv_heads, width, sinks = options.pop("kv_heads"), options.pop("value_width"), options.pop("s_aux")
+    torch.manual_seed(3)
+    total = sum(LENGTHS)
+    made = [torch.randn(1, heads, total, numbers) for heads, numbers in ((HEADS, NUMBERS), (kv_heads, NUMBERS), (kv_heads, width))]
+    if sinks:
+        made.append(torch.randn(HEADS))
+    weights = torch.randn(1, total, HEADS, width)  # what the gradients start from
+
+    def run(attend):
+        """The output [1, T, heads, width] and the gradients of everything that went in."""
+        inputs = [each.clone().requires_grad_() for each in made]
+        out = attend(*inputs[:3], inputs[3] if sinks else None)
+        (out * weights).sum().backward()
+        return [out.detach(), *(each.grad for each in inputs)]
+
+    def packed(query, key, value, s_aux, lengths=LENGTHS):
+        borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
+        module = torch.nn.Identity()
+        out, _ = attention.packed_attention(module, query, key, value, None, cu_seq_lens_q=borders, s_aux=s_aux, **options)
+        return out
+
+    def one_by_one(attend):
+        def documents_alone(query, key, value, s_aux):
+            parts = zip(*(each.split(LENGTHS, 2) for each in (query, key, value)), strict=True)
+            return torch.cat([attend(q, k, v, s_aux) for q, k, v in parts], 1)
+
+        return documents_alone
+
+    given = run(packed)
+    for expected in (
+        run(one_by_one(lambda q, k, v, s: packed(q, k, v, s, (q.shape[2],)))),
+        run(one_by_one(lambda q, k, v, s: plain_attention(q, k, v, options["scaling"], options["sliding_window"], options["softcap"], s))),
+    ):
+        for mine, theirs in zip(given, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+# one family for each way of attending, with what sets it apart in the rest of the model
+FAMILIES = {"llama": "sdpa", "mistral": "windows", "gemma2": "soft caps and windows", "gpt_oss": "sinks and windows", "deepseek_v2": "narrow values"}
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers has opinions on token numbers and rotary factors of configs this small
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_of_a_row_are_those_of_its_documents(family):
+    """Whole models in fp32: one packed row against its documents through the same model one by one."""
+    attention.register()
+    values = dict(SMALL[family])
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.float32)
+    for parameter in model.parameters():  # norms and sinks begin as ones and zeros, which would hide what they do
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    torch.manual_seed(2)
+    texts = [torch.randint(3, 1000, (length,)).tolist() for length in (5, 50, 1, 37)]  # some longer than the windows of 32
+
+    def logits(documents):
+        row = collate([make_row([Document(ids, [-100] * len(ids)) for ids in documents])])
+        borders = row["cu_seq_lens_q"]
+        kept = {"input_ids": row["input_ids"], "position_ids": row["position_ids"], "use_cache": False}
+        return model(**kept, cu_seq_lens_q=borders, cu_seq_lens_k=borders).logits[0]
+
+    weights = torch.randn(93, 1000)
+    found = []
+    for run in (lambda: logits(texts), lambda: torch.cat([logits([text]) for text in texts])):
+        model.zero_grad()
+        out = run()
+        (out * weights).sum().backward()
+        found.append((out.detach(), gradients(model)))
+    (packed, packed_gradients), (alone, alone_gradients) = found
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    assert packed_gradients.keys() == alone_gradients.keys() and len(packed_gradients) > 20
+    for name, gradient in alone_gradients.items():
+        scale = float(gradient.abs().max()) + 1e-8  # sums of some thousand products: 1e-5 of the largest
+        torch.testing.assert_close(packed_gradients[name] / scale, gradient / scale, rtol=0, atol=1e-5, msg=name)
