@@ -87,6 +87,6 @@ def test_two_processes_of_the_trainer(tmp_path):
         assert (one["ranks"], one["accumulated"], one["updates"]) == (2, 1, 3)  # 5 rows, 2 an update, one from each rank
     for epoch in (0, 1):
         order = epoch_order(5, 3, epoch, 2)
-        for rank, (*_, seen) in enumerate(found):
+        for rank, one in enumerate(found):
             learned = [(row, 2) if row < 5 else (-5, 0) for row in order[rank::2]]
-            assert [tuple(each) for each in seen[epoch]] == learned
+            assert [tuple(each) for each in one["seen"][epoch]] == learned
