@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparklab.box import Box
     from sparklab.data.lesson import lesson
     from sparklab.model.anatomy import Anatomy
+    from sparklab.panels.box_panel import monitor
     from sparklab.panels.plan_panel import explore
     from sparklab.planner import ModelTable, Plan, PlanTable
     from sparklab.planner import recipes as recipes
@@ -40,6 +41,7 @@ _HOMES = {
     "errors": "sparklab.errors",
     "explore": "sparklab.panels.plan_panel",
     "lesson": "sparklab.data.lesson",
+    "monitor": "sparklab.panels.box_panel",
     "plan": "sparklab.api",
     "quickstart": "sparklab.api",
     "recipes": "sparklab.planner.recipes",
@@ -52,7 +54,7 @@ _MODULES = {"errors", "recipes"}
 
 __all__ = [
     "Anatomy", "Box", "ModelTable", "Plan", "PlanTable", "Recipe", "Run",
-    "errors", "explore", "lesson", "plan", "quickstart", "recipes", "rehearse", "runs", "train",
+    "errors", "explore", "lesson", "monitor", "plan", "quickstart", "recipes", "rehearse", "runs", "train",
 ]  # fmt: skip
 
 

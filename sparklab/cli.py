@@ -47,6 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "box", "what this machine has: memory usable now, compute, what was measured and what assumed", _box)
     verb.add_argument("name", nargs="?", default="this", help="a profile instead of this machine (default: this)")
 
+    verb = _verb(verbs, "monitor", "the memory of this machine, live: who holds it, how hard it is pressed", _monitor)
+    verb.add_argument("--once", action="store_true", help="print it once and leave")
+
     verb = _verb(verbs, "plan", "whether a model fits and how long it takes, from its config.json alone", _plan)
     verb.add_argument("model", nargs="+", help="a config.json, a model directory, a hub name, or tiny; several: which is the largest that fits")
     verb.add_argument("--longest", action="store_true", help="the longest documents that fit, instead of the fastest plan")
@@ -173,6 +176,16 @@ def _box(options: argparse.Namespace) -> None:
 
     box = Box.profile(options.name)
     _show(options, box.to_dict(), box.describe())
+
+
+def _monitor(options: argparse.Namespace) -> None:
+    from sparklab.panels.box_panel import follow, monitor  # noqa: PLC0415
+
+    panel = monitor()
+    if options.json or options.once or not sys.stdout.isatty():
+        _show(options, panel.to_dict(), panel)
+    else:
+        follow(panel, sys.stdout)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -236,6 +236,25 @@ def bar_svg(segments: Iterable[tuple[float, str]], measured: float, scale: float
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 1000" preserveAspectRatio="none">{"".join(shapes)}</svg>'
 
 
+def stack_svg(segments: Iterable[tuple[float, str, bool]], scale: float, line: float | None = None) -> str:
+    """One stacked bar of (width, colour, hatched) on ``scale``, with a vertical line. Hatched is what is there but can be had back."""
+    shapes, left = [], 0.0
+    hatches: dict[str, str] = {}
+    for width, colour, hatched in segments:
+        if hatched:
+            hatches[colour] = name = f"h{len(hatches)}"
+        fill = f"url(#{name})" if hatched else colour
+        shapes.append(f'<rect x="{1000 * left / scale:.2f}" width="{1000 * width / scale:.2f}" height="1000" fill="{fill}"/>')
+        left += width
+    patterns = "".join(  # the box is stretched to a strip: a stroke over its whole height becomes a slant
+        f'<pattern id="{name}" width="9" height="1000" patternUnits="userSpaceOnUse"><rect width="9" height="1000" fill="{colour}" fill-opacity=".22"/>'
+        f'<path d="M0 1000L9 0" stroke="{colour}" stroke-width="1.5" vector-effect="non-scaling-stroke"/></pattern>'
+        for colour, name in hatches.items()
+    )
+    shapes += [_stroke(f"M{1000 * line / scale:.2f} 0V1000", BAD, 2, 1)] if line is not None else []
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 1000" preserveAspectRatio="none"><defs>{patterns}</defs>{"".join(shapes)}</svg>'
+
+
 def chart_html(chart: Chart, alt: str, height_px: int, x_labels: tuple[str, str]) -> str:
     """The chart with its words around it: ticks to the left, the ends of the step axis below."""
     step = chart.y_ticks[1] - chart.y_ticks[0] if len(chart.y_ticks) > 1 else 1.0

@@ -7,10 +7,14 @@ Where a kernel stands behind the notebook, a widget without a view of its own fi
 from __future__ import annotations
 
 import threading
+import time
 import uuid
-from typing import Any
+from typing import Any, Final
 
 from sparklab.panels.run_panel import in_kernel
+
+LOOKING_SECONDS: Final = 12.0
+"""How long a page that said it looks is believed; it says so every five seconds, and a browser slows the clocks of a page in the background."""
 
 
 class Resident:
@@ -57,3 +61,49 @@ class Resident:
         with self._guard:
             if self._handle is not None:
                 self._handle.update(self._bundle(), raw=True)
+
+
+class Watcher(Resident):
+    """A resident that keeps itself up to date from a thread, and only while a page looks at it: a hidden tab costs nothing.
+
+    A page that sees the panel says so every few seconds (``lookAt`` in assets/parts.js).
+    """
+
+    every_seconds = 1.0
+    """Between two looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._looked_at = threading.Event()
+        self._seen_at = float("-inf")
+        self._thread: threading.Thread | None = None
+
+    def _tick(self) -> bool:
+        """Brings the widget up to date; False where nothing more will come."""
+        raise AssertionError("who inherits says what there is to look at")
+
+    def _ipython_display_(self) -> None:
+        super()._ipython_display_()
+        if self.widget is not None:
+            self.widget.on_msg(self._hear)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._follow, name=f"sparklab-{self.kind}", daemon=True)
+                self._thread.start()
+
+    def _hear(self, _widget: Any, content: Any, _buffers: Any) -> None:
+        if isinstance(content, dict) and content.get("looking"):
+            self._seen_at = time.monotonic()
+            self._looked_at.set()
+
+    def _follow(self) -> None:
+        """The thread: sleeps until a page looks, ticks while it does, and leaves the newest twin behind when it looks away."""
+        going = True
+        while going:
+            self._looked_at.wait()
+            with self._guard:
+                going = self._tick()
+            if time.monotonic() - self._seen_at > LOOKING_SECONDS:
+                self._looked_at.clear()
+                self._keep()
+            time.sleep(self.every_seconds)
+        self._keep()

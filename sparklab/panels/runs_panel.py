@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar, overload
 
 from sparklab.errors import RunNotFound
 from sparklab.panels import runs_view
-from sparklab.panels.resident import Resident
+from sparklab.panels.resident import Watcher
 from sparklab.panels.runs_view import Entry
 from sparklab.run.directory import RunDirectory
 
@@ -45,7 +45,7 @@ def _in_order(path: Path) -> list[tuple[int, str]]:
     return [(int(word), "") if word.isdecimal() else (0, word) for word in re.split(r"(\d+)", path.name)]
 
 
-class RunTable(Resident, Sequence[R], Generic[R]):
+class RunTable(Watcher, Sequence[R], Generic[R]):
     """Runs beside each other; a sequence of them, that shows itself in a notebook and prints as a table.
 
     ::
@@ -104,3 +104,16 @@ class RunTable(Resident, Sequence[R], Generic[R]):
 
     def _twin(self) -> str:
         return runs_view.twin_html(self.entries(), self._home)
+
+    def _make_widget(self) -> Any:
+        from sparklab.panels.resident_widgets import RunsWidget  # noqa: PLC0415 - ipywidgets loads when a widget is made, not before
+
+        view, points = runs_view.view(self.entries())
+        return RunsWidget(home=self._home, view=view, points=points)
+
+    def _tick(self) -> bool:
+        entries = self.entries()
+        view, points = runs_view.view(entries)
+        with self.widget.hold_sync():
+            self.widget.view, self.widget.points = view, points
+        return not all(entry.state.is_over for entry in entries)

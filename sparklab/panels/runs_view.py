@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,6 +22,8 @@ from sparklab.units import NA, format_count, format_seconds, gib, is_na, jsonabl
 COLOURS: Final = SEGMENTS[:-1]
 MOST_DRAWN: Final = len(COLOURS)
 """Curves in one picture: as many as there are colours that can be told apart."""
+MOST_POINTS: Final = 500
+"""Of one curve in the live table: a point for every other pixel."""
 _SAME: Final = frozenset({"model", "method", "sample_prompts"})
 """Fields that the table shows anyway, or that change nothing."""
 _TONES: Final = {"run": parts.LOSS, "good": parts.GOOD, "warn": parts.WARN, "bad": parts.BAD}
@@ -125,6 +129,29 @@ def points(entry: Entry, tokens: bool) -> tuple[list[float], list[float], list[t
     return xs, parts.smooth(state.losses, parts.smoothing(state.steps)), evals
 
 
+def view(entries: Sequence[Entry]) -> tuple[dict[str, Any], bytes]:
+    """What the live table shows, ready for JSON; and its curves, thinned, as little-endian float32 x and y in turn, one run after the other."""
+    seen = table(entries)
+    curves, numbers = [], array.array("f")
+    for entry in entries[:MOST_DRAWN]:
+        xs, ys, evals = points(entry, seen["by_tokens"])
+        stride = max(1, -(-len(xs) // MOST_POINTS))
+        kept = [*range(0, len(xs), stride), *([len(xs) - 1] if xs and (len(xs) - 1) % stride else [])]
+        numbers.extend(value for index in kept for value in (xs[index], ys[index]))
+        curves.append({"count": len(kept), "evals": [list(point) for point in evals]})
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return {**seen, "title": _title(entries), "about": _about(entries), "curves": curves}, numbers.tobytes()
+
+
+def _title(entries: Sequence[Entry]) -> str:
+    return f"{len(entries)} run{'s' * (len(entries) != 1)}"
+
+
+def _about(entries: Sequence[Entry]) -> str:
+    return "smoothed training loss, dots held-out" + (f"; curves of the first {MOST_DRAWN}" if len(entries) > MOST_DRAWN else "")
+
+
 def twin_html(entries: Sequence[Entry], home: str = "") -> str:
     """Table and overlaid curves without script and style sheet; everything in it is escaped."""
     small = f"font-size:12px;color:{DIM}"
@@ -175,9 +202,7 @@ def _table_html(seen: dict[str, Any]) -> str:
         )
         rows += f'<tr style="background:none"><td style="{cell};text-align:left;min-width:200px">{name}</td>{cells}</tr>'
     head = f'<tr style="background:none"><th style="{cell};text-align:left;font-weight:normal;color:{DIM}">run</th>{heads}</tr>'
-    return (
-        f'<div style="overflow-x:auto;margin:12px 0 0 0"><table style="border-collapse:collapse;border:0;width:100%;font-size:13px">{head}{rows}</table></div>'
-    )
+    return f'<div style="overflow-x:auto;margin:12px 0 0 0"><table style="border-collapse:collapse;border:0;width:100%;table-layout:auto;font-size:13px">{head}{rows}</table></div>'
 
 
 def text(entries: Sequence[Entry]) -> str:

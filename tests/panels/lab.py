@@ -147,3 +147,9 @@ def browser(folder, *, width=1000, height=900):
             yield context
         finally:
             context.close()
+
+
+def shot(lab, name):
+    """A picture for people, where SPARKLAB_SHOTS names a folder."""
+    if folder := os.environ.get("SPARKLAB_SHOTS"):
+        lab.page.screenshot(path=f"{folder}/{name}.png")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import sparklab as sl
@@ -57,3 +58,21 @@ def write(directory, *events):
     with EventWriter(directory.events_path) as writer:
         for event in events:
             writer.write(event["event"], **{key: value for key, value in event.items() if key not in ("event", "seq", "time")})
+
+
+def elements(content):
+    """(tag, attributes) of every element, as a browser would read them."""
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.feed(content)
+    return found
+
+
+def assert_inert(content, *tags):
+    """Nothing but these elements, none of which can run anything or load anything but an image that it carries itself."""
+    for tag, attributes in elements(content):
+        assert tag in tags, tag
+        assert not [name for name in attributes if name.startswith("on")], attributes
+        assert attributes.get("src", "data:image/svg+xml;base64,").startswith("data:image/svg+xml;base64,")
+        assert "url(" not in attributes.get("style", "") and "href" not in attributes

@@ -5,7 +5,7 @@ import re
 
 from hypothesis import given
 from hypothesis import strategies as st
-from scenes import ARABIC, HOSTILE
+from scenes import ARABIC, HOSTILE, assert_inert
 
 from sparklab.panels.compare import LEAST_ALIKE, comparison_html, differences
 
@@ -40,5 +40,5 @@ def test_where_little_is_alike_nothing_is_marked_and_the_same_is_said():
 
 def test_marks_let_no_code_through():
     content = comparison_html([{"prompt": HOSTILE, "base": "x" + HOSTILE, "tuned": ARABIC + HOSTILE}])
-    assert set(re.findall(r"<(\w+)", content)) <= {"div", "ins", "del"}
+    assert_inert(content, "div", "ins", "del")
     assert "\x1b" not in content and "\u202e" not in content

@@ -1,14 +1,13 @@
 """The plan with sliders: what it says is what the planner says, hostile words stay words, and a real JupyterLab moves, reloads and saves it."""
 
 import json
-import os
 import re
 import shutil
 import time
 import warnings
 
 import pytest
-from lab import CHROMIUM, Lab, browser, server, write_notebook
+from lab import CHROMIUM, Lab, browser, server, shot, write_notebook
 from support import ROOT
 
 import sparklab as sl
@@ -103,12 +102,6 @@ def test_the_page_code_is_offline_and_builds_no_markup_from_text(panel):
     code = str(panel.widget._esm)
     for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http:", "https:", "fetch(", "import("):
         assert word not in code, word
-
-
-def shot(lab, name):
-    """A picture for people, where SPARKLAB_SHOTS names a folder."""
-    if folder := os.environ.get("SPARKLAB_SHOTS"):
-        lab.page.screenshot(path=f"{folder}/{name}.png")
 
 
 @pytest.mark.browser

@@ -177,3 +177,49 @@ function dwell(root, home) {
   settle();
   return () => { observer.disconnect(); if (place && root.isConnected) place.replaceChildren(...still); };
 }
+
+const LOOK_MILLISECONDS = 5000;
+
+/** Tells the kernel every few seconds that somebody sees the panel: no page, a hidden tab and a panel scrolled away cost nothing. Returns how to stop. */
+function lookAt(model, root) {
+  let near = true;
+  const look = () => { if (near && root.isConnected && document.visibilityState === "visible") model.send({ looking: true }); };
+  const observer = new IntersectionObserver((entries) => { near = entries[entries.length - 1].isIntersecting; look(); });
+  observer.observe(root);
+  document.addEventListener("visibilitychange", look);
+  const timer = setInterval(look, LOOK_MILLISECONDS);
+  look();
+  return () => { observer.disconnect(); document.removeEventListener("visibilitychange", look); clearInterval(timer); };
+}
+
+/** A stacked bar: parts of {gib, colour, hatched, name, text} on a scale, and a line. Nodes are kept, so that widths glide. */
+function stackBar(bar, parts, scale, line) {
+  while (bar.childElementCount > parts.length + 1) bar.lastElementChild.remove();
+  while (bar.childElementCount < parts.length + 1) bar.insertBefore(make("div"), bar.firstElementChild);
+  for (const [index, part] of parts.entries()) {
+    const node = bar.children[index];
+    node.className = part.hatched ? "sl-part sl-hatched" : "sl-part";
+    node.style.width = `${100 * part.gib / (scale || 1)}%`;
+    node.style.setProperty("--sl-own", part.colour || "transparent");
+    node.title = `${part.name}: ${part.text}`;
+  }
+  const mark = bar.children[parts.length];
+  mark.className = "sl-usable";
+  mark.hidden = line === null || line === undefined;
+  if (!mark.hidden) mark.style.left = `${100 * line / (scale || 1)}%`;
+}
+
+/** The parts by name and size, each beside its colour. */
+function legendOf(list, parts) {
+  while (list.childElementCount > parts.length) list.lastElementChild.remove();
+  while (list.childElementCount < parts.length) {
+    const entry = list.appendChild(make("span", "sl-entry"));
+    entry.append(make("span", "sl-swatch"), make("span", "", "", { dir: "auto" }), make("span", "sl-dim"));
+  }
+  for (const [index, part] of parts.entries()) {
+    const [square, name, size] = list.children[index].children;
+    square.className = part.hatched ? "sl-swatch sl-hatched" : part.colour ? "sl-swatch sl-part" : "sl-swatch sl-hollow";
+    square.style.setProperty("--sl-own", part.colour || "transparent");
+    say(name, part.name); say(size, part.text);
+  }
+}
