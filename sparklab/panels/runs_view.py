@@ -202,7 +202,8 @@ def _table_html(seen: dict[str, Any]) -> str:
         )
         rows += f'<tr style="background:none"><td style="{cell};text-align:left;min-width:200px">{name}</td>{cells}</tr>'
     head = f'<tr style="background:none"><th style="{cell};text-align:left;font-weight:normal;color:{DIM}">run</th>{heads}</tr>'
-    return f'<div style="overflow-x:auto;margin:12px 0 0 0"><table style="border-collapse:collapse;border:0;width:100%;table-layout:auto;font-size:13px">{head}{rows}</table></div>'
+    style = "border-collapse:collapse;border:0;width:100%;table-layout:auto;font-size:13px"
+    return f'<div style="overflow-x:auto;margin:12px 0 0 0"><table style="{style}">{head}{rows}</table></div>'
 
 
 def text(entries: Sequence[Entry]) -> str:
