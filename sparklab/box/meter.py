@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparklab.units import KIB, NA, format_bytes, is_na, jsonable
+from sparklab.box.watchdog import read_pressure, read_sizes
+from sparklab.units import NA, format_bytes, is_na, jsonable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,33 +61,7 @@ def read_memory(proc: Path = Path("/proc"), pid: int | None = None) -> MemorySna
         free_bytes=memory.get("MemFree", NA),
         cached_bytes=cached if is_na(cached) else max(0.0, cached),
         swap_used_bytes=swap_used,
-        pressure_percent=_pressure(proc / "pressure" / "memory"),
+        pressure_percent=read_pressure(proc / "pressure" / "memory")["some"],
         rss_bytes=process.get("VmRSS", NA),
         rss_peak_bytes=process.get("VmHWM", NA),
     )
-
-
-def read_sizes(path: Path) -> dict[str, float]:
-    """Lines like ``MemTotal:  24684092 kB`` as {name: bytes}; other lines are skipped."""
-    sizes: dict[str, float] = {}
-    try:
-        text = path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return sizes
-    for line in text.splitlines():
-        name, _, rest = line.partition(":")
-        words = rest.split()
-        if len(words) == 2 and words[1] == "kB" and words[0].isdigit():
-            sizes[name] = float(words[0]) * KIB
-    return sizes
-
-
-def _pressure(path: Path) -> float:
-    """The avg10 of the ``some`` line of a PSI file, in percent."""
-    try:
-        for line in path.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("some "):
-                return float(line.split("avg10=")[1].split()[0])
-    except (OSError, IndexError, ValueError):
-        pass
-    return NA

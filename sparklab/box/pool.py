@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from sparklab.box.meter import MemorySnapshot, read_memory
-from sparklab.box.others import process_name, process_sizes
+from sparklab.box.watchdog import process_name, process_sizes
 from sparklab.units import MIB, NA, format_bytes, is_na, jsonable
 
 LEAST_SHARE: Final = 0.01  # of the pool; smaller holders are not worth a line

@@ -113,6 +113,14 @@ class Recipe:
     keep_checkpoints: int = 2
     """How many checkpoints stay on disk."""
 
+    # the guard against exhausting the memory of the whole box
+    guard: bool = True
+    """Save a checkpoint and stop where the system's available memory falls below a floor; be ended below a lower one."""
+    soft_floor_gib: float | None = None
+    """Available memory in GiB below which a checkpoint is saved and the run stops; None: the box's own."""
+    hard_floor_gib: float | None = None
+    """Available memory in GiB below which the worker is ended at once; None: the box's own, half the soft one."""
+
     def __post_init__(self) -> None:
         # JSON and notebooks hand over lists and paths; the frozen value holds tuples and strings.
         for name in ("targets", "betas", "sample_prompts"):
@@ -206,6 +214,13 @@ def _faults(recipe: Recipe) -> list[str]:
 def _faults_between_fields(recipe: Recipe) -> list[str]:
     """Faults of fields with a form of their own, or that only show beside another."""
     faults = []
+    for name in ("soft_floor_gib", "hard_floor_gib"):
+        value = getattr(recipe, name)
+        if value is not None and (not _is_number(value) or value <= 0):
+            faults.append(f"{name} is {value!r}; it must be None or a number of GiB above 0")
+    soft, hard = recipe.soft_floor_gib, recipe.hard_floor_gib
+    if _is_number(soft) and _is_number(hard) and soft < hard:  # type: ignore[operator]
+        faults.append(f"soft_floor_gib ({soft}) is below hard_floor_gib ({hard}): the run would be ended before it could save")
     layers = recipe.checkpoint_layers
     if layers not in ("all", "none") and (not _is_int(layers) or int(layers) < 0):
         faults.append(f"checkpoint_layers is {layers!r}; it must be 'all', 'none' or a whole number of at least 0")

@@ -11,6 +11,7 @@
     adapter/ or model/ the result                       written at the end
     worker.lock        held (flock) by the living worker
     worker.log         what its libraries print
+    guard.json         why the watchdog ended the worker   only where it had to
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 from sparklab.errors import RunBusy, RunError, RunExists, RunNotFound
 from sparklab.planner.recipe import Recipe
 from sparklab.run.events import EventReader
+from sparklab.run.guard import left_behind
 from sparklab.run.state import RunState
 
 COMMANDS = ("stop", "pause", "resume", "checkpoint", "evaluate", "sample")
@@ -212,7 +214,7 @@ class RunFollower:
         for event in self._reader.read_new():
             self.state.add(event)
         if not alive and not self.state.is_over:
-            self.state.mark_lost()
+            self.state.mark_lost(left_behind(self.directory.path))
         return self.state
 
 

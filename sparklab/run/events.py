@@ -3,7 +3,7 @@
 Every event has ``event`` (its kind), ``seq`` (its number, counting from 0 through every resume) and ``time`` (Unix seconds). By kind:
 
 =============  ==========================================================================================================
-started        pid, host, device, dtype, method, resumed_from (step or null)
+started        pid, host, device, dtype, method, resumed_from (step or null), soft_floor_bytes, hard_floor_bytes (null: no guard)
 phase          phase: load | prepare | evaluate | train | sample | save | paused; seconds-long, so panels can say what is going on; detail in words
 data           the data report's figures (records, tokens, supervised_tokens, fill ...)
 model          parameters, trainable_parameters
@@ -15,8 +15,8 @@ memory         process_bytes, peak_bytes, available_bytes, total_bytes, free_byt
                and on CUDA allocated_bytes, reserved_bytes; where known others (name to bytes), watts, floor_bytes (of the guard)
 checkpoint     step, path (inside the run), bytes
 command        name, id, detail: a command was carried out (or refused)
-warning        message
-stopped        step, reason
+warning        message; from the guard kind ("guard") and numbers (what it saw)
+stopped        step, reason; by ("guard") and fix where somebody else than the user asked
 failed         step, error, fact, fix
 finished       step, seconds, tokens, tokens_per_second (non-pad), peak_bytes
 =============  ==========================================================================================================

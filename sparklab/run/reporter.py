@@ -15,6 +15,7 @@ from sparklab.engine import checkpoint
 from sparklab.errors import RunFailed
 from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventWriter
+from sparklab.run.guard import Floors
 
 MEMORY_SECONDS = 1.0  # between two memory events
 
@@ -25,9 +26,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
     ``stop_reason`` may be set from a signal handler: the update under way is finished, a checkpoint saved, and the loop left.
     """
 
-    def __init__(self, directory: RunDirectory, events: EventWriter, on_samples: Callable[[tuple[str, ...]], None]) -> None:
-        self.directory, self.events = directory, events
+    def __init__(self, directory: RunDirectory, events: EventWriter, on_samples: Callable[[tuple[str, ...]], None], floors: Floors | None = None) -> None:
+        self.directory, self.events, self.floors = directory, events, floors
         self.stop_reason = ""
+        self._stop_asked: dict[str, Any] = {}  # the command, where one asked
         self.peak_bytes = 0.0
         self.trainer: Any = None  # set once the Trainer exists
         self._on_samples = on_samples
@@ -94,7 +96,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
     def _carry_out(self, name: str, command: dict[str, Any], control: TrainerControl) -> None:
         match command["command"]:
             case "stop":
-                self.stop_reason = "asked to stop"
+                self.stop_reason = str(command.get("reason") or "asked to stop")
+                self._stop_asked = command
+                if command.get("by") == "guard":
+                    self.events.write("warning", kind="guard", message=self.stop_reason, numbers=command.get("numbers"))
             case "pause" | "resume" as wish:
                 self._paused = wish == "pause"
                 self.events.write("phase", phase="paused" if self._paused else "train")
@@ -106,6 +111,11 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
                 prompts = command.get("prompts") or self.directory.recipe.sample_prompts
                 self._on_samples(tuple(str(prompt) for prompt in prompts))
         self.events.write("command", name=command["command"], id=name)
+
+    def stop_words(self) -> dict[str, Any]:
+        """Reason, who asked, and the fix, for the ``stopped`` event; what nobody said is left out."""
+        words = {"reason": self.stop_reason, "by": self._stop_asked.get("by"), "fix": self._stop_asked.get("fix")}
+        return {name: text for name, text in words.items() if text}
 
     # what it costs
 
@@ -126,6 +136,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             "swap_used_bytes": snapshot.swap_used_bytes,
             "pressure_percent": snapshot.pressure_percent,
         }
+        if self.floors is not None:
+            fields["floor_bytes"] = self.floors.soft_bytes
         if torch.cuda.is_available():
             fields["allocated_bytes"] = torch.cuda.max_memory_allocated()
             fields["reserved_bytes"] = torch.cuda.max_memory_reserved()

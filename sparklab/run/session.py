@@ -16,19 +16,21 @@ from sparklab.engine import attention, checkpoint
 from sparklab.engine.answer import answer, exact_match
 from sparklab.engine.trainer import PackedTrainer
 from sparklab.model import load
+from sparklab.run import guard
 from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventWriter
+from sparklab.run.guard import Floors
 from sparklab.run.reporter import Reporter
 
 
 class Session:
     """One worker's work on one run."""
 
-    def __init__(self, directory: RunDirectory, events: EventWriter, began: float) -> None:
-        self.directory, self.events, self.began = directory, events, began
+    def __init__(self, directory: RunDirectory, events: EventWriter, began: float, floors: Floors | None = None) -> None:
+        self.directory, self.events, self.began, self.floors = directory, events, began, floors
         self.recipe = directory.recipe
         self.box = Box.detect()
-        self.reporter = Reporter(directory, events, self._sample)
+        self.reporter = Reporter(directory, events, self._sample, floors)
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
 
@@ -42,8 +44,9 @@ class Session:
         step = None if resume_from is None else int(resume_from.name.removeprefix("step-"))
         self.events.write(
             "started", pid=os.getpid(), device=str(load.pick_device()), dtype=self.box.resolve_dtype(self.recipe.dtype), method=self.recipe.method,
-            resumed_from=step,
+            resumed_from=step, soft_floor_bytes=self.floors and self.floors.soft_bytes, hard_floor_bytes=self.floors and self.floors.hard_bytes,
         )  # fmt: skip
+        self._tell_of_the_guard()
         for complaint in complaints:
             self.events.write("warning", message=f"{complaint}; going on from {resume_from.name if resume_from else 'the start'}")
         self._prepare()
@@ -54,11 +57,18 @@ class Session:
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         done = trainer.state.global_step
         if done < trainer.state.max_steps:
-            self.events.write("stopped", step=done, reason=self.reporter.stop_reason or "the loop ended early")
+            self.events.write("stopped", **{"step": done, "reason": "the loop ended early", **self.reporter.stop_words()})
             return
         self._evaluate(trainer)
         self._save()
         self._finish(trainer)
+
+    def _tell_of_the_guard(self) -> None:
+        """What the guard did to the last worker goes from its own file into the diary."""
+        left = guard.left_behind(self.directory.path)
+        if left is not None:
+            self.events.write("warning", kind="guard", message=f"the guard ended the last worker: {left['reason']}", numbers=left["numbers"])
+            guard.clear(self.directory.path)
 
     def _prepare(self) -> None:
         self.events.write("phase", phase="prepare")

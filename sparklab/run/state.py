@@ -49,6 +49,8 @@ class RunState:
     reason: str = ""
     """Why it stopped or failed, in words."""
     fix: str = ""
+    ended_by: str = ""
+    """``guard`` where the guard stopped the run or ended its worker."""
     device: str = ""
     method: str = ""
     started_time: float = NA
@@ -121,14 +123,17 @@ class RunState:
         scored = [entry for entry in self.evals if not math.isnan(entry["loss"])]
         return min(scored, key=lambda entry: entry["loss"]) if scored else None
 
-    def mark_lost(self) -> None:
-        """The worker is gone and left no last word: killed, or the box went down."""
+    def mark_lost(self, guard: dict[str, Any] | None = None) -> None:
+        """The worker is gone and left no last word: killed, or the box went down. ``guard``: what the watchdog left that killed it."""
         self.status = "lost"
+        if guard is not None:
+            self.ended_by, self.reason, self.fix = "guard", f"the guard ended the worker: {guard['reason']}", guard["fix"]
+            return
         self.reason = "the worker process is gone without a word (killed, out of memory, or the machine restarted)"
         self.fix = "resume the run; it goes on from the last checkpoint"
 
     def _on_started(self, event: Event) -> None:
-        self.status, self.phase, self.reason, self.fix = "running", "start", "", ""
+        self.status, self.phase, self.reason, self.fix, self.ended_by = "running", "start", "", "", ""
         self.device, self.method = str(event.get("device", "")), str(event.get("method", ""))
         if math.isnan(self.started_time):
             self.started_time = self.last_time
@@ -197,7 +202,8 @@ class RunState:
         self._say(event, str(event.get("message", "")))
 
     def _on_stopped(self, event: Event) -> None:
-        self.status, self.reason, self.fix = "stopped", str(event.get("reason", "")), "resume the run to go on"
+        self.status, self.reason, self.fix = "stopped", str(event.get("reason", "")), str(event.get("fix") or "resume the run to go on")
+        self.ended_by = "guard" if event.get("by") == "guard" else ""
         self._say(event, f"stopped: {self.reason}")
 
     def _on_failed(self, event: Event) -> None:

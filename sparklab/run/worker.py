@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from sparklab.box import Box
 from sparklab.errors import DiskFull, RunError, SparklabError
+from sparklab.run import guard
 from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventWriter
 
@@ -36,21 +38,26 @@ def main(arguments: list[str] | None = None) -> int:
     directory = RunDirectory(options.directory)
     descriptor = options.lock_fd if options.lock_fd is not None else directory.lock()
     try:
-        return advance(directory)
+        return advance(directory, detached=True)
     finally:
         os.close(descriptor)
 
 
-def advance(directory: RunDirectory) -> int:
-    """Trains from where the run stands to its end, or until it is asked to stop. The caller holds the lock."""
+def advance(directory: RunDirectory, detached: bool = False) -> int:
+    """Trains from where the run stands to its end, or until it is asked to stop. The caller holds the lock.
+
+    ``detached``: this process is the worker and nothing else, so the guard may end all that it started.
+    """
     began = time.perf_counter()
     with EventWriter(directory.events_path) as events:
         try:
             from sparklab.run.session import Session  # noqa: PLC0415 - torch and transformers: seconds, after the directory is known to be good
 
-            session = Session(directory, events, began)
-            with _graceful(session.ask_to_stop):
-                session.run()
+            floors = guard.floors_of(directory.recipe, Box.detect())
+            with guard.watching(directory.path, floors, group=detached):
+                session = Session(directory, events, began, floors)
+                with _graceful(session.ask_to_stop):
+                    session.run()
         except SparklabError as error:
             _last_word(events, type(error).__name__, error.fact, error.fix)
             return FAILED

@@ -1,0 +1,131 @@
+"""The guard beside a real worker: what it leaves in the directory, what panels read of it, and that the run goes on to the same bits."""
+
+import json
+import os
+import time
+
+import pytest
+
+import sparklab as sl
+from sparklab.errors import RecipeError, RunFailed
+from sparklab.run import guard
+from sparklab.run.directory import RunDirectory
+from sparklab.run.state import RunState
+from sparklab.units import GIB
+
+SPARK = {"name": "t", "chip": "t", "memory_bytes": 120 * GIB, "unified": True, "reserve_bytes": 8 * GIB}
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """What the guard takes for /proc: ``fake(gib)`` sets what is available of 120."""
+    folder = tmp_path / "proc"
+    folder.mkdir()
+    monkeypatch.setenv(guard.PROC, str(folder))
+
+    def available(gib):
+        (folder / "new").write_text(f"MemTotal: {120 * 2**20} kB\nMemAvailable: {int(gib * 2**20)} kB\n")
+        os.replace(folder / "new", folder / "meminfo")
+
+    available(50)
+    return available
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen"
+        time.sleep(0.02)
+
+
+def events(run):
+    return [json.loads(line) for line in run.directory.events_path.read_text().splitlines()]
+
+
+def test_floors(fake):
+    def gib(box=SPARK, **changes):
+        found = guard.floors_of(sl.Recipe(model="tiny", data="x", **changes), sl.Box(**box))
+        return found and (found.soft_bytes / GIB, found.hard_bytes / GIB)
+
+    assert gib() == (8, 4)  # the soft one is what every plan leaves free
+    assert gib({**SPARK, "unified": False}) == (2, 1)
+    assert gib(soft_floor_gib=16) == (16, 4)
+    assert gib(soft_floor_gib=3) == (3, 1.5)
+    assert gib(hard_floor_gib=12) == (12, 12)
+    assert gib(soft_floor_gib=16, hard_floor_gib=12) == (16, 12)
+    assert gib(guard=False) is None
+    fake(0)
+    assert gib() == (8, 4)
+
+
+def test_no_guard_where_the_system_tells_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv(guard.PROC, str(tmp_path))
+    assert guard.floors_of(sl.Recipe(model="tiny", data="x"), sl.Box(**SPARK)) is None
+    with guard.watching(tmp_path, None, group=False):
+        pass
+
+
+def test_floors_that_cannot_be_are_named():
+    with pytest.raises(RecipeError, match=r"(?s)soft_floor_gib is -1.*hard_floor_gib is 'x'"):
+        sl.Recipe(model="tiny", data="x", soft_floor_gib=-1, hard_floor_gib="x")
+    with pytest.raises(RecipeError, match="ended before it could save"):
+        sl.Recipe(model="tiny", data="x", soft_floor_gib=4, hard_floor_gib=8)
+
+
+@pytest.mark.slow
+def test_both_floors_and_the_same_bits_in_the_end(small_recipe, tmp_path, fake):
+    recipe = small_recipe(max_steps=40, epochs=1000, save_every=15, eval_every=1000)
+    alone = sl.train(recipe.replace(guard=False), tmp_path / "alone", inline=True, panel=False)
+    run = sl.train(recipe, tmp_path / "run", panel=False)
+    wait_for(lambda: run.state.step >= 2)
+    fake(1.6)  # of 120 GiB a box that is not unified keeps 2, and 1 at the hard floor
+    wait_for(lambda: run.state.is_over)
+    soft = run.state
+    assert (soft.status, soft.ended_by) == ("stopped", "guard")
+    assert soft.reason.startswith("1.6 GiB of memory were left, below the guard's soft floor of 2 GiB")
+    assert soft.fix
+    assert soft.checkpoints[-1]["step"] == soft.step < 40
+    (warning,) = (event for event in events(run) if event["event"] == "warning")
+    assert warning["kind"] == "guard" and warning["numbers"]["soft_floor_bytes"] == 2 * GIB
+    fake(50)
+    run.resume(panel=False)
+    wait_for(lambda: run.state.step >= soft.step + 2)
+    fake(0.5)
+    wait_for(lambda: run.state.is_over)
+    hard = run.state
+    assert (hard.status, hard.ended_by) == ("lost", "guard")
+    assert hard.reason.startswith("the guard ended the worker: 0.5 GiB of memory were left, below the guard's hard floor of 1 GiB")
+    with pytest.raises(RunFailed, match="the guard ended the worker"):
+        run.wait(5)
+    fake(50)
+    run.resume(panel=False).wait(120)
+    assert run.status == "finished" and run.state.ended_by == ""
+    assert [event["event"] for event in events(run)].count("started") == 3
+    assert "the guard ended the last worker" in [event for event in events(run) if event["event"] == "warning"][-1]["message"]
+    assert not (run.path / guard.LEFT).exists()
+    assert run.state.losses == alone.state.losses
+    file = "adapter/adapter_model.safetensors"
+    assert (run.path / file).read_bytes() == (alone.path / file).read_bytes()
+
+
+def test_what_a_stranger_left_is_words_and_nothing_else(small_recipe, tmp_path):
+    directory = RunDirectory.create(tmp_path / "run", small_recipe(), {}, {})
+    assert directory.state.reason.startswith("the worker process is gone")
+    for content in ("", "[]", "{}", '{"numbers": 3}', "[" * 100000, '{"numbers": {}, "reason": "' + "x" * 2**17 + '"}'):
+        (directory.path / guard.LEFT).write_text(content)
+        assert guard.left_behind(directory.path) is None
+    (directory.path / guard.LEFT).write_text('{"numbers": {}, "reason": ["odd"]}')
+    assert directory.state.reason == "the guard ended the worker: ['odd']"
+    (directory.path / guard.LEFT).unlink()
+    (tmp_path / "secret").write_text('{"numbers": {}, "reason": "secret"}')
+    (directory.path / guard.LEFT).symlink_to(tmp_path / "secret")
+    assert guard.left_behind(directory.path) is None
+
+
+def test_a_state_tells_who_stopped_it():
+    state = RunState()
+    state.add({"event": "started", "seq": 0, "time": 1.0})
+    state.add({"event": "stopped", "seq": 1, "time": 2.0, "reason": "r", "by": "guard", "fix": "f"})
+    assert (state.status, state.ended_by, state.reason, state.fix) == ("stopped", "guard", "r", "f")
+    state.add({"event": "started", "seq": 2, "time": 3.0})
+    assert (state.status, state.ended_by) == ("running", "")
