@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArgum
 from sparklab.data.dataset import Row
 from sparklab.data.pack import epoch_order
 from sparklab.engine import checkpoint
+from sparklab.engine.finite import BadUpdate, Watch, drop_gradients, weights_are_finite
 from sparklab.engine.loss import IGNORE, chunked_cross_entropy, full_cross_entropy
 from sparklab.errors import RecipeError
 from sparklab.model.load import causal_lm
@@ -80,6 +81,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     ) -> None:
         self.recipe, self.folder = recipe, folder
         self.update_tokens = self.update_supervised = 0
+        self.watch = Watch(recipe.skip_bad_updates)
         self.update_wait_seconds = 0.0  # of the update under way, for its rows
         arguments = training_arguments(recipe, folder, len(train_rows), held_out=bool(held_out_rows))
         super().__init__(
@@ -100,7 +102,46 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self.update_tokens += inputs["input_ids"].numel()
         count = float(num_items_in_batch) if num_items_in_batch is not None else float((inputs["labels"][:, 1:] != IGNORE).sum())
         ranks: int = self.accelerator.num_processes
-        return row_loss(model, inputs, count, self.recipe.loss) * ranks
+        loss = row_loss(model, inputs, count, self.recipe.loss) * ranks
+        self.watch.note(loss)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Trainer's own, and a look at loss and gradients before the optimizer takes them. Raises :class:`RunFailed` where they are not finite."""
+        norm: Tensor = super()._clip_grad_norm(model)
+        found = self.watch.judge(norm, self.accelerator)
+        if found is not None:
+            self._refuse(model, *found)
+        return norm
+
+    def _refuse(self, model: nn.Module, loss: float, grad_norm: float, places: list[int]) -> None:
+        """Tells of a bad update, drops its gradients, and ends the run unless the recipe lets it pass; what was good until here is saved first."""
+        rows = self.rows_of_update()
+        suspects = tuple(rows[place] for place in places) or tuple(rows)
+        lines_of = getattr(self.train_dataset, "lines", None)
+        lines = tuple(sorted({line for row in suspects for line in lines_of(row)})) if lines_of else ()
+        bad = BadUpdate(self.state.global_step + 1, loss, grad_norm, suspects, lines, weights_are_finite(model))
+        drop_gradients(model)
+        ends = self.watch.skipped >= self.watch.allowed or not bad.weights_are_finite
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "on_bad_update"):
+                callback.on_bad_update(bad, ends)
+        if ends:
+            if bad.weights_are_finite and self.state.global_step and not checkpoint.step_path(self.folder, self.state.global_step).exists():
+                self._save_checkpoint(model, None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
+            raise bad.failure(self.watch.skipped)
+        self.watch.skipped += 1
+
+    def rows_of_update(self) -> list[int]:
+        """Numbers of the training rows in the update under way, of this rank, in the order of its micro-batches."""
+        ranks, rank, each = self.accelerator.num_processes, self.accelerator.process_index, self.recipe.micro_batches_per_update
+        count = len(self.train_dataset)
+        batches = math.ceil(count / ranks)
+        updates = math.ceil(batches / each)
+        epoch, update = divmod(self.state.global_step, updates)
+        order = epoch_order(count, self.recipe.seed, epoch)
+        return [order[(batch * ranks + rank) % count] for batch in range(update * each, min((update + 1) * each, batches))]
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
         """Trainer's own, timed: how long an update waits for its data."""
@@ -120,6 +161,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         """Held-out loss as ``eval_loss`` and the supervised tokens it is a mean over as ``eval_tokens``."""
         measured = mean_loss(self.model, self.eval_dataset or (), self.recipe.loss, self.args.device)
         return {"eval_loss": measured["loss"], "eval_tokens": measured["tokens"]}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """Trainer's own; the loss it adds up starts anew after a skipped update, which would else stay NaN for ever."""
+        if self.watch.skipped and not self.watch.has_losses:
+            self._tr_loss.zero_()
+        step: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return step
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's own; bitsandbytes remembers by position which parameters keep fp32 states, and must forget an earlier run of this process."""

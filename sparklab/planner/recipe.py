@@ -86,6 +86,8 @@ class Recipe:
     """AdamW's decay rates of the two moments."""
     clip_norm: float = 1.0
     """Gradients longer than this (global L2 norm) are shortened to it."""
+    skip_bad_updates: int = 0
+    """Updates in a row that are left out when their loss or a gradient is NaN or infinite, before the run stops; 0: it stops at the first."""
     seed: int = 0
     """Seeds adapters, order of rows, dropout and the held-out split."""
 
@@ -187,7 +189,7 @@ def _faults(recipe: Recipe) -> list[str]:
         if getattr(recipe, name) not in choices:
             faults.append(f"{name} is {getattr(recipe, name)!r}; choose one of {', '.join(choices)}")
     for name, least in (("rank", 1), ("micro_batch_tokens", 1), ("micro_batches_per_update", 1), ("max_length", 1), ("answer_held_out", 0),
-                        ("answer_tokens", 1), ("keep_checkpoints", 1), ("seed", 0)):  # fmt: skip
+                        ("answer_tokens", 1), ("keep_checkpoints", 1), ("seed", 0), ("skip_bad_updates", 0)):  # fmt: skip
         value = getattr(recipe, name)
         if not _is_int(value) or value < least:
             faults.append(f"{name} is {value!r}; it must be a whole number of at least {least}")

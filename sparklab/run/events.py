@@ -15,7 +15,7 @@ memory         process_bytes, peak_bytes, available_bytes, total_bytes, free_byt
                and on CUDA allocated_bytes, reserved_bytes; where known others (name to bytes), watts, floor_bytes (of the guard)
 checkpoint     step, path (inside the run), bytes
 command        name, id, detail: a command was carried out (or refused)
-warning        message; from the guard kind ("guard") and numbers (what it saw)
+warning        message; kind: "guard" with numbers (what it saw), "nonfinite" with step, rows, lines of the data (an update that was not made)
 stopped        step, reason; by ("guard") and fix where somebody else than the user asked
 failed         step, error, fact, fix
 finished       step, seconds, tokens, tokens_per_second (non-pad), peak_bytes

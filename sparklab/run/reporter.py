@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparklab.box.meter import read_memory
 from sparklab.engine import checkpoint
-from sparklab.errors import RunFailed
+from sparklab.engine.finite import BadUpdate
 from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventWriter
 from sparklab.run.guard import Floors
@@ -63,13 +62,13 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             wait_seconds=round(trainer.update_wait_seconds, 6),
         )  # fmt: skip
         trainer.update_tokens, trainer.update_wait_seconds = 0, 0.0
-        if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0)):
-            raise RunFailed(
-                f"loss {logs['loss']} and gradient norm {logs.get('grad_norm')} at step {state.global_step}: the update cannot be trusted",
-                "resume from the last checkpoint with a lower learning rate",
-            )
         self.report_memory(every=MEMORY_SECONDS)
         self._mark = time.perf_counter()
+
+    def on_bad_update(self, bad: BadUpdate, ends: bool) -> None:
+        """An update that was not made, because loss or gradients are not finite; ``ends``: the run ends with it."""
+        words = f"{bad}; {'nothing of it was used' if ends else 'it was left out'}"
+        self.events.write("warning", kind="nonfinite", message=words, step=bad.step, rows=list(bad.rows), lines=list(bad.lines))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any) -> None:
         self.events.write("eval", step=state.global_step, loss=metrics["eval_loss"], tokens=metrics["eval_tokens"])

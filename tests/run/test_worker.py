@@ -110,7 +110,7 @@ def test_a_nan_fails_the_run_and_leaves_no_result(small_recipe, tmp_path, monkey
     assert run.status == "failed"
     assert "loss nan" in run.state.reason
     assert not (run.path / "adapter").exists()
-    with pytest.raises(RunFailed, match="lower learning rate"):
+    with pytest.raises(RunFailed, match="lower learning_rate"):
         run.wait()
 
 
