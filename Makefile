@@ -11,7 +11,7 @@ FILES := sparklab tests examples benchmarks
 quickstart: .venv/base ## fine-tune the bundled model and show that it helped
 	$(BIN)/sparklab quickstart
 
-test: .venv/dev ## the whole test suite, a file at a time on every core
+test: .venv/dev .venv/node ## the whole test suite, a file at a time on every core
 	$(TESTS)
 
 test-fast: .venv/dev ## the tests that take seconds: no training, no browser
@@ -45,6 +45,12 @@ clean:
 .venv/base: .venv/python pyproject.toml constraints.txt
 	@echo "installing into .venv (some minutes, once)"
 	$(PIP) --editable .
+	@touch $@
+
+.venv/node: .venv/dev tests/panels/package.json
+	@mkdir -p $@ && cp tests/panels/package.json $@/
+	@if command -v npm >/dev/null; then npm install --prefix $@ --no-package-lock --no-audit --no-fund --silent; \
+	else echo "npm is missing: the accessibility tests will skip"; fi
 	@touch $@
 
 .venv/dev: .venv/base

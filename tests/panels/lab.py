@@ -11,10 +11,13 @@ import sys
 import time
 import urllib.request
 
+import pytest
+
 CHROMIUM = pathlib.Path("/usr/bin/chromium")
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+AXE = pathlib.Path(sys.prefix) / "node" / "node_modules" / "axe-core" / "axe.min.js"
 IDLE = "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 RUN_CELL = "i => { const w = jupyterapp.shell.currentWidget; w.content.activeCellIndex = i; return jupyterapp.commands.execute('notebook:run-cell'); }"
 
@@ -153,3 +156,13 @@ def shot(lab, name):
     """A picture for people, where SPARKLAB_SHOTS names a folder."""
     if folder := os.environ.get("SPARKLAB_SHOTS"):
         lab.page.screenshot(path=f"{folder}/{name}.png")
+
+
+def serious_faults(page, selector):
+    """What axe-core finds wrong inside ``selector`` that it calls serious or critical, as (rule, element)."""
+    if not AXE.exists():
+        pytest.skip("needs axe-core (npm, then make test)")
+    page.evaluate(AXE.read_text())
+    found = page.evaluate("selector => axe.run(selector, {resultTypes: ['violations']})", selector)
+    assert found["passes"], "nothing was looked at"
+    return [(fault["id"], node["html"]) for fault in found["violations"] if fault["impact"] in ("serious", "critical") for node in fault["nodes"]]

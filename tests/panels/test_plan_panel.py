@@ -7,7 +7,7 @@ import time
 import warnings
 
 import pytest
-from lab import CHROMIUM, Lab, browser, server, shot, write_notebook
+from lab import CHROMIUM, Lab, browser, serious_faults, server, shot, write_notebook
 from support import ROOT
 
 import sparklab as sl
@@ -118,6 +118,7 @@ def test_in_a_real_notebook(tmp_path):
         lab.run(0)
         lab.until("$('.sl-plan .sl-summary')?.textContent.startsWith('lora: 30.4 GiB, fits')", 60)
         shot(lab, "plan-live")
+        assert not serious_faults(lab.page, ".sl-plan")
         lab.page.locator(".sl-plan input[aria-label='Tokens a row']").focus()
         lab.page.keyboard.press("ArrowRight")
         lab.until("$('.sl-plan').dataset.seen.startsWith('\"3,072 tokens')")
@@ -145,5 +146,6 @@ def test_in_a_real_notebook(tmp_path):
         lab.page.goto(f"{address}doc/tree/plan.ipynb")
         lab.page.wait_for_selector('.sparklab-twin img[src^="data:image/svg+xml;base64"]')
         shot(lab, "plan-saved")
+        assert not serious_faults(lab.page, ".sparklab-twin")
         assert not lab.strangers() and not lab.dialogs
         assert not [error for error in lab.errors if "sparklab" in error]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from lab import CHROMIUM, Lab, browser, server, shot, write_notebook
+from lab import CHROMIUM, Lab, browser, serious_faults, server, shot, write_notebook
 from scenes import HOSTILE, STARTED, make_directory, start_worker, steps, write
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Debian's chromium (apt-get install chromium)")]
@@ -37,6 +37,7 @@ def test_in_a_real_notebook(tmp_path, work):
             lab.run(2)
             lab.until("$$('.jp-OutputArea-output').some(output => output.textContent.trim() === '42')")
             shot(lab, "residents-live")
+            assert not serious_faults(lab.page, ".sl-box") and not serious_faults(lab.page, ".sl-runs")
             toggle = lab.page.locator(".sl-runs .sl-toggle").first
             toggle.click()
             lab.until("$('.sl-runs .sl-toggle').getAttribute('aria-pressed') === 'false'")
@@ -54,6 +55,7 @@ def test_in_a_real_notebook(tmp_path, work):
             lab.page.goto(f"{address}doc/tree/looks.ipynb")
             lab.until("$$('.sparklab-twin img[src^=\"data:image/svg+xml;base64\"]').length === 2", 60)
             shot(lab, "residents-saved")
+            assert not serious_faults(lab.page, ".sparklab-twin")
             assert not lab.strangers() and not lab.dialogs
             assert not [error for error in lab.errors if "sparklab" in error]
         saved = json.loads((work / "looks.ipynb").read_text())
