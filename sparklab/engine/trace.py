@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparklab.box import Box
-from sparklab.engine import attention
 from sparklab.engine.books import Books, Moment, follow, longest_row
+from sparklab.engine.fast import ready_model
 from sparklab.errors import ModelError
 from sparklab.model.blank import on_meta
-from sparklab.model.load import causal_lm, decoder_layers, keep_trainable, load_model, set_checkpointing
+from sparklab.model.load import causal_lm, decoder_layers, keep_trainable, set_checkpointing
 from sparklab.planner.ledger import runtime, slack
 from sparklab.planner.recipe import Recipe
 from sparklab.planner.traced import Traced, TracedLine
@@ -81,7 +81,6 @@ def trace(recipe: Recipe, box: Box) -> Traced:
 
 def _moments(recipe: Recipe, box: Box) -> tuple[list[Moment], int]:
     """The moments of the whole model's step, and how many layers were traced for them."""
-    attention.register()
     stretches: list[Stretch] = []
 
     def thin_base(recipe: Recipe, dtype: torch.dtype, _: torch.device, implementation: str) -> nn.Module:
@@ -94,7 +93,7 @@ def _moments(recipe: Recipe, box: Box) -> tuple[list[Moment], int]:
             quantizer.postprocess_model(model)
         return keep_trainable(model, recipe)
 
-    model = load_model(recipe, box, attention.NAME, thin_base)
+    model = ready_model(recipe, box, thin_base)
     set_checkpointing(model, sum(stretch.traced for stretch in stretches if stretch.checkpointed))  # of the traced layers, not of all
     row = longest_row(recipe)
     try:

@@ -22,6 +22,7 @@ from sparklab.errors import RecipeError
 Method = Literal["full", "lora", "qlora"]
 DType = Literal["auto", "bf16", "fp32"]
 Loss = Literal["chunked", "full"]
+Engine = Literal["fast", "stock"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
 OnLong = Literal["truncate", "drop", "error"]
@@ -98,6 +99,8 @@ class Recipe:
     """Layers that recompute their activations in the backward pass instead of keeping them."""
     loss: Loss = "chunked"
     """``chunked`` never holds the [tokens, vocabulary] logits; ``full`` does, as stock transformers."""
+    engine: Engine = "fast"
+    """``fast``: sparklab's own kernels; ``stock``: the libraries' own code, slower and the reference."""
 
     # looking on
     held_out: float | str = 0.1
@@ -185,7 +188,8 @@ def _faults(recipe: Recipe) -> list[str]:
     """Every field that cannot be, in the user's words."""
     faults = []
     for name, choices in (("method", METHODS), ("adapter_dtype", get_args(DType)), ("dtype", get_args(DType)), ("loss", get_args(Loss)),
-                          ("optimizer", get_args(Optimizer)), ("schedule", get_args(Schedule)), ("on_long", get_args(OnLong))):  # fmt: skip
+                          ("optimizer", get_args(Optimizer)), ("engine", get_args(Engine)), ("schedule", get_args(Schedule)),
+                          ("on_long", get_args(OnLong))):  # fmt: skip
         if getattr(recipe, name) not in choices:
             faults.append(f"{name} is {getattr(recipe, name)!r}; choose one of {', '.join(choices)}")
     for name, least in (("rank", 1), ("micro_batch_tokens", 1), ("micro_batches_per_update", 1), ("max_length", 1), ("answer_held_out", 0),
@@ -223,6 +227,8 @@ def _faults_between_fields(recipe: Recipe) -> list[str]:
     soft, hard = recipe.soft_floor_gib, recipe.hard_floor_gib
     if _is_number(soft) and _is_number(hard) and soft < hard:  # type: ignore[operator]
         faults.append(f"soft_floor_gib ({soft}) is below hard_floor_gib ({hard}): the run would be ended before it could save")
+    if any(word in str(recipe.optimizer).lower() for word in ("paged", "offload")):
+        faults.append("paging and offloading an optimizer move it to another pool of memory, and here there is one: adamw_8bit makes it smaller instead")
     layers = recipe.checkpoint_layers
     if layers not in ("all", "none") and (not _is_int(layers) or int(layers) < 0):
         faults.append(f"checkpoint_layers is {layers!r}; it must be 'all', 'none' or a whole number of at least 0")

@@ -14,8 +14,9 @@ from sparklab.box import Box
 from sparklab.data.chat import Message
 from sparklab.data.dataset import prepare
 from sparklab.data.template import prompt_ids
-from sparklab.engine import attention, checkpoint
+from sparklab.engine import checkpoint
 from sparklab.engine.answer import answer, exact_match
+from sparklab.engine.fast import ready_model
 from sparklab.engine.trainer import mean_loss
 from sparklab.errors import RunError
 from sparklab.model import load
@@ -32,12 +33,11 @@ class Tuned:
         wrong = checkpoint.faults(directory.result_path)
         if wrong:
             raise RunError(f"{directory.result_path} is damaged: {'; '.join(wrong)}", "resume the run, or train anew")
-        attention.register()
         self.box = Box.detect()
         self.tokenizer = load.load_tokenizer(self.recipe.model)
-        self.model = load.load_model(self.recipe, self.box, attention.NAME)
+        self.model = ready_model(self.recipe, self.box)
         # adapters switch off; after full fine-tuning the base must be read again
-        self._base = load.load_model(self.recipe, self.box, attention.NAME) if self.recipe.method == "full" else self.model
+        self._base = ready_model(self.recipe, self.box) if self.recipe.method == "full" else self.model
         checkpoint.load_weights(self.model, Path(directory.result_path))
         self.model.eval()
 

@@ -29,8 +29,9 @@ from sparklab.box import Box
 from sparklab.box.meter import read_memory
 from sparklab.box.power import PowerMeter
 from sparklab.data.dataset import Row, longest_micro_batch
-from sparklab.engine import attention, merge
+from sparklab.engine import merge
 from sparklab.engine.answer import continuations
+from sparklab.engine.fast import ready_model
 from sparklab.engine.gauge import Gauge
 from sparklab.engine.trainer import PackedTrainer, mean_loss
 from sparklab.errors import SparklabError
@@ -89,8 +90,7 @@ class Performance:
     def run(self, available_bytes: float) -> dict[str, Any]:
         """All phases in order; what was measured, as plain values. ``available_bytes``: of the pool, before this process began."""
         with self._phase("load"):
-            attention.register()
-            self.model = load.load_model(self.recipe, self.box, attention.NAME, blank_base)
+            self.model = ready_model(self.recipe, self.box, blank_base)
         seconds = self._train()
         runtime = self.gauge.resident_bytes if self.device.type == "cpu" else self._outside_the_allocator(available_bytes)
         with self._phase("evaluate"):

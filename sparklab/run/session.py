@@ -12,8 +12,9 @@ from torch import nn
 from sparklab.box import Box
 from sparklab.data.dataset import Prepared, prepare
 from sparklab.data.template import prompt_ids
-from sparklab.engine import attention, checkpoint
+from sparklab.engine import checkpoint
 from sparklab.engine.answer import answer, exact_match
+from sparklab.engine.fast import ready_model
 from sparklab.engine.trainer import PackedTrainer
 from sparklab.model import load
 from sparklab.run import guard
@@ -78,8 +79,7 @@ class Session:
 
     def _load(self) -> None:
         self.events.write("phase", phase="load")
-        attention.register()
-        self.model: nn.Module = load.load_model(self.recipe, self.box, attention.NAME)
+        self.model: nn.Module = ready_model(self.recipe, self.box)
         total, trainable = load.count_parameters(self.model)
         self.events.write("model", parameters=total, trainable_parameters=trainable)
 

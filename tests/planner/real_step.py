@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparklab.engine import attention
+from sparklab.engine.fast import fit
 from sparklab.engine.storages import StorageTracker
 from sparklab.engine.trainer import row_loss
 from sparklab.model.load import add_adapters, causal_lm, decoder_layers, set_checkpointing
@@ -29,6 +30,7 @@ def measured_peak(config: dict[str, Any], recipe: Recipe, documents: int, tracke
             _quantise(model, recipe, dtype)
         model = add_adapters(model, recipe, DTYPES.get(recipe.adapter_dtype, dtype))
     set_checkpointing(model, recipe.checkpoint_layers)
+    fit(model, recipe)
     model.train()
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4, fused=True)
     tracker = tracker or StorageTracker()

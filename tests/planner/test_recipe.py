@@ -39,8 +39,8 @@ def test_the_fingerprint_changes_with_every_field() -> None:
         "model": "other", "data": "other", "method": "full", "rank": 8, "alpha": 1.0, "dropout": 0.5, "targets": "attention", "adapter_dtype": "fp32",
         "double_quantization": False, "micro_batch_tokens": 4096, "micro_batches_per_update": 2, "max_length": 1024, "on_long": "drop", "epochs": 2.0,
         "max_steps": 5, "learning_rate": 1e-3, "schedule": "linear", "warmup_share": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.95), "clip_norm": 2.0,
-        "seed": 1, "dtype": "fp32", "checkpoint_layers": "all", "loss": "full", "optimizer": "adamw_8bit", "held_out": 0.2, "eval_every": 3,
-        "answer_held_out": 4, "answer_tokens": 64, "sample_prompts": ("Hi",), "save_every": 9, "keep_checkpoints": 1,
+        "seed": 1, "dtype": "fp32", "checkpoint_layers": "all", "loss": "full", "engine": "stock", "optimizer": "adamw_8bit", "held_out": 0.2,
+        "eval_every": 3, "answer_held_out": 4, "answer_tokens": 64, "sample_prompts": ("Hi",), "save_every": 9, "keep_checkpoints": 1,
     }  # fmt: skip
     recipe = Recipe(**LEAST)
     assert set(changes) == {field.name for field in dataclasses.fields(Recipe)}
@@ -66,6 +66,8 @@ def test_the_fingerprint_changes_with_every_field() -> None:
         ({"max_steps": 0}, "max_steps is 0"),
         ({"weight_decay": -1}, "weight_decay is -1"),
         ({"model": ""}, "model is ''"),
+        ({"engine": "turbo"}, "engine is 'turbo'; choose one of fast, stock"),
+        ({"optimizer": "paged_adamw_8bit"}, "another pool of memory, and here there is one"),
     ],
 )
 def test_what_cannot_be(changes: dict[str, Any], words: str) -> None:

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import sparklab as sl
 from sparklab.box import Box
-from sparklab.engine import attention, trace
+from sparklab.engine import trace
 from sparklab.engine.books import Books, longest_row
+from sparklab.engine.fast import ready_model
 from sparklab.engine.trainer import row_loss
 from sparklab.errors import ModelError
-from sparklab.model.load import load_model
 from sparklab.planner.recipe import Recipe
 
 SHAPE: dict[str, Any] = {
@@ -74,8 +74,7 @@ def recipe_of(tmp_path_factory):
 
 def measured(recipe: Recipe) -> int:
     """Peak bytes of the second update of the real model, which is done here without any of the marks that the trace sets."""
-    attention.register()
-    model = load_model(recipe, BOX, attention.NAME).train()
+    model = ready_model(recipe, BOX).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer: Any = torch.optim.AdamW(trained, fused=True)
     if recipe.optimizer == "adamw_8bit":
