@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, overload
 
 from sparklab.box import Box
 from sparklab.data.lesson import lesson
-from sparklab.data.read import read_chats
+from sparklab.data.read import check, resolved
 from sparklab.errors import RunError, UnknownFamily
 from sparklab.model.source import check_trainable
 from sparklab.planner import plan as make_plan
@@ -90,14 +90,16 @@ def train(recipe: Recipe, path: str | os.PathLike[str] | None = None, *, inline:
     target = Path(path) if path is not None else RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.fingerprint[:4]}"
     planned = make_plan(recipe, box=Box.detect())
     check_trainable(recipe.model)
-    read_chats(recipe.data)
-    if isinstance(recipe.held_out, str):
-        read_chats(recipe.held_out)
+    for data in (recipe.data, recipe.held_out):
+        if isinstance(data, str):
+            check(data, recipe.format, recipe.on_bad)
     if not force:
         planned.check()
     launch.check_writable(target)
     launch.check_disk(target, written_bytes(planned, recipe))
-    recipe = recipe.replace(model=str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model, data=str(Path(recipe.data).resolve()))
+    held_out = resolved(recipe.held_out) if isinstance(recipe.held_out, str) else recipe.held_out
+    model = str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
+    recipe = recipe.replace(model=model, data=resolved(recipe.data), held_out=held_out)
     directory = RunDirectory.create(target, recipe, planned.to_dict(), launch.describe(recipe))
     run = Run(directory)
     if inline:

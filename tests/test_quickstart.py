@@ -6,7 +6,7 @@ import pytest
 from support import run_cli
 
 from sparklab.data.lesson import lesson
-from sparklab.data.read import read_chats
+from sparklab.data.read import read_records
 
 KEYS = {"exact_match_before", "exact_match_after", "held_out", "seconds", "tokens_per_second", "planned_gib", "measured_gib", "run"}
 
@@ -28,7 +28,7 @@ def test_it_helps(method, seed, tmp_path):
 @pytest.mark.parametrize("seed", range(5))
 def test_nothing_held_out_is_trained_on(seed, tmp_path):
     recipe = lesson("lora", seed, tmp_path)
-    train, held_out = read_chats(recipe.data), read_chats(recipe.held_out)
+    train, held_out = read_records(recipe.data), read_records(recipe.held_out)
     assert (len(train), len(held_out)) == (1000, 200)
     assert not {chat.key for chat in train} & {chat.key for chat in held_out}
     assert not {chat.prompt[0]["content"] for chat in train} & {chat.prompt[0]["content"] for chat in held_out}

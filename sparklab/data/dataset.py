@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from sparklab.data.chat import Chat
-from sparklab.data.faults import Faults
+from sparklab.data.encode import Encoder
+from sparklab.data.faults import Faults, Skipped
 from sparklab.data.pack import pack
-from sparklab.data.read import read_chats
+from sparklab.data.read import open_source
+from sparklab.data.record import Record
 from sparklab.data.render import Tokenizer
 from sparklab.data.report import DataReport
 from sparklab.data.split import Split, split_file, split_share
-from sparklab.data.template import IGNORED, ChatEncoder, Document, too_long, truncated
+from sparklab.data.template import IGNORED, Document, pieces, too_long, truncated
 from sparklab.errors import DataError
 
 if TYPE_CHECKING:
@@ -104,50 +106,70 @@ class Prepared:
     train_rows: Rows
     held_out_rows: Rows
     """Empty where nothing is held out."""
-    held_out_chats: list[Chat] = field(repr=False)
-    """For answering: ``chat.prompt`` is asked, ``chat.answer`` is right."""
+    held_out_chats: list[Record] = field(repr=False)
+    """For answering: ``record.prompt`` is asked, ``record.answer`` is right. Those of plain text, or that end in a call, are not among them."""
     stop_ids: tuple[int, ...]
     """Where generation is to stop."""
     report: DataReport
+    encoder: Encoder = field(repr=False)
+    """Makes the tokens that the model is asked with: ``encoder.prompt_ids(record.prompt, record.tools)``."""
 
 
-def prepare(recipe: Recipe, tokenizer: Tokenizer) -> Prepared:
+def prepare(recipe: Recipe, tokenizer: Tokenizer, skipped: Path | None = None) -> Prepared:
     """Everything the recipe says about data, done: the same recipe, files and tokenizer give the same rows.
 
-    Raises :class:`DataError` (:class:`DataNotFound` for a missing file) with all faults located and counted; also where no token would be learned.
+    ``skipped`` is where records that ``on_bad="skip"`` leaves out are written down. Puts the chat template that the recipe names on the
+    tokenizer. Raises :class:`DataError` (:class:`DataNotFound` for a missing file) with all faults located and counted; also where no token
+    would be learned.
     """
-    encoder = ChatEncoder(tokenizer)
-    chats = read_chats(recipe.data)
-    held_out = recipe.held_out
-    split = split_file(chats, read_chats(held_out)) if isinstance(held_out, str) else split_share(chats, held_out, recipe.seed)
-    faults = Faults()
-    train = _Side(split.train, encoder, recipe, faults)
-    asked = _Side(split.held_out, encoder, recipe, faults)
-    faults.raise_any(recipe.data, len(split.train) + len(split.held_out))
+    encoder = Encoder(tokenizer, recipe)
+    with Skipped(skipped) as leave_out:
+        faults = Faults(leave_out)
+        records = _read(recipe.data, recipe, faults)
+        held_out = recipe.held_out
+        split = split_file(records, _read(held_out, recipe, faults)) if isinstance(held_out, str) else split_share(records, held_out, recipe.seed)
+        train = _Side(split.train, encoder, recipe, faults)
+        asked = _Side(split.held_out, encoder, recipe, faults)
+    if recipe.on_bad == "error":
+        faults.raise_any(recipe.data, len(split.train) + len(split.held_out))
     _refuse_nothing_to_learn(train, recipe)
     row_tokens = recipe.micro_batch_tokens
     train_rows = Rows(train.documents, pack(train.lengths, row_tokens, recipe.seed))
     return Prepared(
         train_rows=train_rows,
         held_out_rows=Rows(asked.documents, pack(asked.lengths, row_tokens, recipe.seed)),
-        held_out_chats=split.held_out,
+        held_out_chats=[record for record in split.held_out if record.asks],
         stop_ids=encoder.stop_ids,
-        report=_report(split, train, asked, rows=len(train_rows), row_tokens=row_tokens, warnings=encoder.warnings),
+        report=_report(split, train, asked, rows=len(train_rows), row_tokens=row_tokens, warnings=encoder.warnings, skipped=faults.lines),
+        encoder=encoder,
     )
+
+
+def _read(data: str, recipe: Recipe, faults: Faults) -> list[Record]:
+    """The good records; raises for the others where the recipe says so."""
+    source = open_source(data, recipe.format)
+    source.refuse_untrainable()
+    before = faults.lines
+    records = list(source.records(faults))
+    if recipe.on_bad == "error" or not records:
+        source.refuse(faults, len(records) + faults.lines - before)
+    return records
 
 
 class _Side:
     """The documents of one side of the split, and the counts of those that are not there whole."""
 
-    def __init__(self, chats: Sequence[Chat], encoder: ChatEncoder, recipe: Recipe, faults: Faults) -> None:
+    def __init__(self, records: Sequence[Record], encoder: Encoder, recipe: Recipe, faults: Faults) -> None:
         self.documents: list[_Compact] = []
         self.truncated = self.dropped = self.unsupervised = self.longest = self.supervised = 0
-        for chat, document in zip(chats, encoder.encode(chats, faults), strict=True):
-            if document is not None:
-                self._take(chat, document, recipe, faults)
+        for encoded in encoder.encode(records):
+            if encoded.fault is not None:
+                faults.add(encoded.fault)
+            for document in encoded.documents:
+                self._take(encoded.record, document, recipe, faults)
         self.lengths = [len(ids) for ids, _ in self.documents]
 
-    def _take(self, chat: Chat, document: Document, recipe: Recipe, faults: Faults) -> None:
+    def _take(self, chat: Record, document: Document, recipe: Recipe, faults: Faults) -> None:
         length = len(document.input_ids)
         self.longest = max(self.longest, length)
         if length > recipe.max_length:
@@ -157,14 +179,22 @@ class _Side:
             if recipe.on_long == "error":
                 faults.add(too_long(chat, length, recipe.max_length))
                 return
+            if recipe.on_long == "split":
+                for piece in pieces(document, recipe.max_length):
+                    self._keep(piece)
+                return
             document = truncated(document, recipe.max_length)
+        self.truncated += self._keep(document) and length > recipe.max_length
+
+    def _keep(self, document: Document) -> bool:
+        """Take a document that has a token to learn; whether it has."""
         supervised = document.supervised
         if supervised == 0:
             self.unsupervised += 1
-            return
+            return False
         self.supervised += supervised
-        self.truncated += length > recipe.max_length
         self.documents.append((array("i", document.input_ids), array("i", document.labels)))
+        return True
 
 
 def _refuse_nothing_to_learn(train: _Side, recipe: Recipe) -> None:
@@ -176,10 +206,11 @@ def _refuse_nothing_to_learn(train: _Side, recipe: Recipe) -> None:
     raise DataError(fact, "the chat template's {% generation %} marks leave out every answer: put them around the assistant's content")
 
 
-def _report(split: Split, train: _Side, held_out: _Side, *, rows: int, row_tokens: int, warnings: list[str]) -> DataReport:
-    chats = split.train + split.held_out
+def _report(split: Split, train: _Side, held_out: _Side, *, rows: int, row_tokens: int, warnings: list[str], skipped: int) -> DataReport:
+    records = split.train + split.held_out
     return DataReport(
-        records=len(chats),
+        records=len(records),
+        skipped=skipped,
         documents=len(train.documents),
         tokens=sum(train.lengths),
         supervised=train.supervised,
@@ -197,6 +228,6 @@ def _report(split: Split, train: _Side, held_out: _Side, *, rows: int, row_token
         held_out_dropped=held_out.dropped + held_out.unsupervised,
         overlap=split.overlap,
         duplicates=split.duplicates,
-        ignored_fields=dict(Counter(name for chat in chats for name in chat.ignored)),
+        ignored_fields=dict(Counter(name for record in records for name in record.ignored)),
         template_warnings=tuple(warnings),
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import IO, Final
 
 from sparklab.errors import DataError
 
@@ -17,7 +19,7 @@ SHOWN: Final = 5
 
 def excerpt(value: object) -> str:
     """The first 80 characters of a value on one line; whatever a terminal would act on (control, bidi, surrogate) is escaped."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr, skipkeys=True)
     shown = "".join(char if char.isprintable() else _escaped(char) for char in text[:EXCERPT])
     return shown + ("…" if len(text) > EXCERPT else "")
 
@@ -48,8 +50,20 @@ class Fault:
         return f"{where}: {what}" + (f": {self.excerpt}" if self.excerpt else "")
 
 
+class WrongError(ValueError):
+    """One fault, before anybody knows its file and line."""
+
+    def __init__(self, kind: str, value: object = "", *, field: str = "", detail: str = "", fix: str = "") -> None:
+        super().__init__(kind)
+        self.kind, self.value, self.field, self.detail, self.fix = kind, value, field, detail, fix
+
+    def at(self, source: str, line: int) -> Fault:
+        """The fault, located."""
+        return Fault(kind=self.kind, source=source, line=line, field=self.field, detail=self.detail, excerpt=excerpt(self.value), fix=self.fix)
+
+
 class Faults:
-    """Collects faults in bounded memory: every one counted, the first few kept.
+    """Collects faults in bounded memory: every one counted, the first few kept, and each handed to ``each`` where that is given.
 
     >>> faults = Faults()
     >>> faults.add(Fault(kind="not JSON", source="a.jsonl", line=3))
@@ -57,8 +71,9 @@ class Faults:
     1
     """
 
-    def __init__(self) -> None:
+    def __init__(self, each: Callable[[Fault], None] | None = None) -> None:
         self.by_kind: Counter[str] = Counter()
+        self._each = each
         self.first: list[Fault] = []
         self.lines = 0
         self._fixes: dict[str, str] = {}
@@ -73,6 +88,8 @@ class Faults:
             self._last = (fault.source, fault.line)
         if len(self.first) < SHOWN:
             self.first.append(fault)
+        if self._each is not None:
+            self._each(fault)
 
     @property
     def total(self) -> int:
@@ -92,3 +109,32 @@ class Faults:
             lines.append(f"  ... and {self.total - len(self.first):,} more")
         fixes = [hint, *(self._fixes[kind] for kind, _ in self.by_kind.most_common(3))]
         raise DataError("\n".join(lines), "; ".join(dict.fromkeys(fix for fix in fixes if fix)) or "mend or remove these lines")
+
+
+class Skipped:
+    """Writes records that are left out to a JSONL file, a line for each fault, so that nothing is lost silently: ``Faults(skipped)``.
+
+    The file begins anew with every preparation, and there is none where nothing is left out. Without a path nothing is written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Skipped:
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __call__(self, fault: Fault) -> None:
+        """Write one fault."""
+        if self._path is None:
+            return
+        if self._file is None:
+            self._file = self._path.open("w", encoding="utf-8")
+        line = {"source": fault.source, "line": fault.line, "field": fault.field, "reason": fault.kind, "detail": fault.detail, "excerpt": fault.excerpt}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")

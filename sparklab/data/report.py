@@ -47,6 +47,8 @@ class DataReport:
     """Training records that repeat an earlier one word for word."""
     ignored_fields: dict[str, int]
     """Fields of the records that nothing uses, and in how many records they stand."""
+    skipped: int = 0
+    """Records that cannot be used and were left out (``on_bad="skip"``); they are written down in the run directory."""
     template_warnings: tuple[str, ...] = ()
 
     @property
@@ -65,6 +67,7 @@ class DataReport:
         found = list(self.template_warnings)
         for count, what in (
             (self.truncated + self.held_out_truncated, "documents were cut at max_length, and with the end their last answer's end-of-turn"),
+            (self.skipped, "records cannot be used and were skipped (on_bad='skip'; skipped.jsonl in the run directory names them)"),
             (self.dropped, "records were left out, being longer than max_length"),
             (self.unsupervised, "records were left out, having no token to learn"),
             (self.overlap, f"of {self.held_out:,} held-out records are also trained on, so what is measured there was learned by heart"),

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparklab.data.chat import Chat
+from sparklab.data.record import Record
 from sparklab.errors import DataError
 
 
@@ -15,15 +15,15 @@ from sparklab.errors import DataError
 class Split:
     """Records to learn from and records to be asked about, each in the order of their file."""
 
-    train: list[Chat]
-    held_out: list[Chat]
+    train: list[Record]
+    held_out: list[Record]
     duplicates: int
     """Records to learn from that repeat an earlier one word for word."""
     overlap: int
     """Held-out records that are also among those learned from; more than 0 only with a held-out file of its own."""
 
 
-def split_share(chats: Sequence[Chat], share: float, seed: int) -> Split:
+def split_share(chats: Sequence[Record], share: float, seed: int) -> Split:
     """Hold out ``share`` (0 to 1) of the records: at least one and never all; none where share is 0.
 
     The same words always land on the same side, so no held-out record was learned under another line number. Which side is decided by a
@@ -51,11 +51,11 @@ def split_share(chats: Sequence[Chat], share: float, seed: int) -> Split:
     return Split(train, [chat for chat in chats if chat.key in held], _duplicates(train), 0)
 
 
-def split_file(chats: Sequence[Chat], held_out: Sequence[Chat]) -> Split:
+def split_file(chats: Sequence[Record], held_out: Sequence[Record]) -> Split:
     """A held-out set from a file of its own; what it shares with the training records is counted, not removed."""
     learned = {chat.key for chat in chats}
     return Split(list(chats), list(held_out), _duplicates(chats), sum(chat.key in learned for chat in held_out))
 
 
-def _duplicates(chats: Sequence[Chat]) -> int:
+def _duplicates(chats: Sequence[Record]) -> int:
     return len(chats) - len({chat.key for chat in chats})

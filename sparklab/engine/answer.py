@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparklab.data.template import stop_ids
+from sparklab.data.encode import Encoder
 from sparklab.model.anatomy import Anatomy
 from sparklab.model.load import causal_lm
 from sparklab.planner.ledger import answers_at_once
@@ -40,7 +40,9 @@ def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], m
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
     at_once = answers_at_once(Anatomy.read(recipe.model), longest, causal_lm(model).get_input_embeddings().weight.element_size())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    texts: list[str] = tokenizer.batch_decode(continuations(model, prompts, max_new_tokens, at_once, pad, _stops(model, tokenizer)), skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(
+        continuations(model, prompts, max_new_tokens, at_once, pad, _stops(model, tokenizer, recipe)), skip_special_tokens=True
+    )
     return texts
 
 
@@ -67,10 +69,10 @@ def continuations(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_to
     return answers
 
 
-def _stops(model: Any, tokenizer: Any) -> list[int]:
+def _stops(model: Any, tokenizer: Any, recipe: Recipe) -> list[int]:
     """Every token that ends an answer: the template's end of turn, the tokenizer's end of text and those of the generation config."""
     configured = causal_lm(model).generation_config.eos_token_id
-    stops = {*stop_ids(tokenizer), *(configured if isinstance(configured, list) else [configured])}
+    stops = {*Encoder(tokenizer, recipe).stop_ids, *(configured if isinstance(configured, list) else [configured])}
     return sorted(stop for stop in stops if stop is not None)
 
 

@@ -25,7 +25,12 @@ Loss = Literal["chunked", "full"]
 Engine = Literal["fast", "stock"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
-OnLong = Literal["truncate", "drop", "error"]
+OnLong = Literal["truncate", "split", "drop", "error"]
+Format = Literal["auto", "messages", "sharegpt", "prompt", "instruction", "text", "preference", "chosen"]
+Template = Literal["auto", "none", "chatml", "llama2", "llama3", "mistral", "gemma", "phi3", "zephyr", "vicuna"]
+Learn = Literal["assistant", "completion", "last", "all"]
+OnBad = Literal["error", "skip"]
+Overrule = Literal["mismatch", "special_text"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -40,7 +45,7 @@ class Recipe:
     model: str
     """A directory with config, weights and tokenizer; a hub name; or ``"tiny"``, the bundled model."""
     data: str
-    """A JSONL file, one chat a line: ``{"messages": [{"role": ..., "content": ...}, ...]}``."""
+    """Records: a JSONL, JSON, CSV, TSV, Parquet, Arrow or text file, a directory of texts, or a hub data set; ``#split`` at the end names one of several."""
     method: Method = "lora"
     """``full`` trains every weight; ``lora`` adapters on a frozen base; ``qlora`` adapters on a 4-bit (NF4) base."""
 
@@ -67,6 +72,18 @@ class Recipe:
     """Longest document in tokens."""
     on_long: OnLong = "truncate"
     """What to do with a longer one."""
+
+    # what is learned from the data
+    format: Format = "auto"
+    """What the records are; auto recognises them; ``chosen`` trains on the chosen answers of preference pairs alone."""
+    template: Template = "auto"
+    """Chat template; auto is the tokenizer's own, ``none`` lays prompt and completion end to end, a name is for tokenizers that have none."""
+    learn: Learn = "assistant"
+    """``assistant``: every turn of the assistant; ``completion``: what follows the last question; ``last``: the last turn; ``all``: every token."""
+    on_bad: OnBad = "error"
+    """Records that cannot be used: ``error`` refuses the data and names them, ``skip`` writes them to skipped.jsonl in the run directory."""
+    overrule: tuple[Overrule, ...] = ()
+    """Refusals not to heed: ``mismatch`` trains on text that generation is not prompted with, ``special_text`` makes special tokens of plain text."""
 
     # the optimisation
     optimizer: Optimizer = "adamw"
@@ -104,7 +121,7 @@ class Recipe:
 
     # looking on
     held_out: float | str = 0.1
-    """Share of the records kept out of training, or a JSONL file of their own."""
+    """Share of the records kept out of training, or data of their own, as ``data`` names it."""
     eval_every: int | None = None
     """Updates between two held-out losses; None: about ten over the run."""
     answer_held_out: int = 0
@@ -128,7 +145,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         # JSON and notebooks hand over lists and paths; the frozen value holds tuples and strings.
-        for name in ("targets", "betas", "sample_prompts"):
+        for name in ("targets", "betas", "sample_prompts", "overrule"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("model", "data", "held_out"):
@@ -188,8 +205,8 @@ def _faults(recipe: Recipe) -> list[str]:
     """Every field that cannot be, in the user's words."""
     faults = []
     for name, choices in (("method", METHODS), ("adapter_dtype", get_args(DType)), ("dtype", get_args(DType)), ("loss", get_args(Loss)),
-                          ("optimizer", get_args(Optimizer)), ("engine", get_args(Engine)), ("schedule", get_args(Schedule)),
-                          ("on_long", get_args(OnLong))):  # fmt: skip
+                          ("optimizer", get_args(Optimizer)), ("engine", get_args(Engine)), ("schedule", get_args(Schedule)), ("on_long", get_args(OnLong)),
+                          ("format", get_args(Format)), ("template", get_args(Template)), ("learn", get_args(Learn)), ("on_bad", get_args(OnBad))):  # fmt: skip
         if getattr(recipe, name) not in choices:
             faults.append(f"{name} is {getattr(recipe, name)!r}; choose one of {', '.join(choices)}")
     for name, least in (("rank", 1), ("micro_batch_tokens", 1), ("micro_batches_per_update", 1), ("max_length", 1), ("answer_held_out", 0),
@@ -229,11 +246,14 @@ def _faults_between_fields(recipe: Recipe) -> list[str]:
         faults.append(f"soft_floor_gib ({soft}) is below hard_floor_gib ({hard}): the run would be ended before it could save")
     if any(word in str(recipe.optimizer).lower() for word in ("paged", "offload")):
         faults.append("paging and offloading an optimizer move it to another pool of memory, and here there is one: adamw_8bit makes it smaller instead")
+    unknown = [name for name in recipe.overrule if name not in get_args(Overrule)] if isinstance(recipe.overrule, tuple) else [recipe.overrule]
+    if unknown:
+        faults.append(f"overrule is {recipe.overrule!r}; it must be a tuple of {', '.join(get_args(Overrule))}")
     layers = recipe.checkpoint_layers
     if layers not in ("all", "none") and (not _is_int(layers) or int(layers) < 0):
         faults.append(f"checkpoint_layers is {layers!r}; it must be 'all', 'none' or a whole number of at least 0")
     if not isinstance(recipe.held_out, str) and (not _is_number(recipe.held_out) or not 0 <= recipe.held_out < 1):
-        faults.append(f"held_out is {recipe.held_out!r}; it must be a share from 0 up to 1, or a JSONL file")
+        faults.append(f"held_out is {recipe.held_out!r}; it must be a share from 0 up to 1, or a file of records")
     if isinstance(recipe.max_length, int) and isinstance(recipe.micro_batch_tokens, int) and recipe.max_length > recipe.micro_batch_tokens:
         faults.append(f"max_length ({recipe.max_length}) is longer than a packed row (micro_batch_tokens {recipe.micro_batch_tokens})")
     nameless = [name for name in ("model", "data") if not isinstance(getattr(recipe, name), str) or not getattr(recipe, name)]

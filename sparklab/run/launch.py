@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sparklab.data.read import open_source
 from sparklab.errors import DiskFull, RunError, RunFailed
 from sparklab.model.source import check_trainable
 from sparklab.planner.recipe import Recipe
@@ -113,16 +114,22 @@ def describe(recipe: Recipe) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    data = Path(recipe.data)
-    with open(data, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "versions": versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "data": {"path": str(data.resolve()), "bytes": data.stat().st_size, "sha256": digest},
+        "data": _content(recipe),
         "recipe_fingerprint": recipe.fingerprint,
     }
+
+
+def _content(recipe: Recipe) -> dict[str, Any]:
+    """What the data is: a file's hash, or that of all that a directory or a hub data set holds."""
+    path = Path(recipe.data)
+    if not path.is_file():
+        return {"path": recipe.data, "fingerprint": open_source(recipe.data, recipe.format).fingerprint}
+    with path.open("rb") as file:
+        return {"path": str(path.resolve()), "bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def check_disk(path: Path, needed_bytes: float) -> None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from sparklab.box import Box
 from sparklab.data.dataset import Prepared, prepare
-from sparklab.data.template import prompt_ids
 from sparklab.engine import checkpoint
 from sparklab.engine.answer import answer, exact_match
 from sparklab.engine.fast import ready_model
@@ -74,7 +73,7 @@ class Session:
     def _prepare(self) -> None:
         self.events.write("phase", phase="prepare")
         self.tokenizer = load.load_tokenizer(self.recipe.model)
-        self.data: Prepared = prepare(self.recipe, self.tokenizer)
+        self.data: Prepared = prepare(self.recipe, self.tokenizer, self.directory.path / "skipped.jsonl")
         self.events.write("data", **self.data.report.to_dict())
 
     def _load(self) -> None:
@@ -94,7 +93,7 @@ class Session:
         if not self.data.held_out_rows:
             return
         self.events.write("phase", phase="evaluate")
-        fields: dict[str, Any] = dict(self.exact_match()) if self.recipe.answer_held_out else {}
+        fields: dict[str, Any] = dict(self.exact_match()) if self.recipe.answer_held_out and self.data.held_out_chats else {}
         metrics = trainer.measure_loss()
         self.events.write("eval", step=trainer.state.global_step, loss=metrics["eval_loss"], tokens=metrics["eval_tokens"], **fields)
         self._sample(self.recipe.sample_prompts)
@@ -103,7 +102,7 @@ class Session:
     def exact_match(self) -> dict[str, float]:
         """Greedy answers to the first ``answer_held_out`` held-out chats against the true ones."""
         chats = self.data.held_out_chats[: self.recipe.answer_held_out]
-        prompts = [prompt_ids(self.tokenizer, chat.prompt) for chat in chats]
+        prompts = [self.data.encoder.prompt_ids(chat.prompt, chat.tools) for chat in chats]
         given = self._answer(prompts)
         return exact_match(given, [chat.answer for chat in chats])
 
@@ -114,7 +113,7 @@ class Session:
         """Answers the prompts and writes each as an event."""
         if not prompts:
             return
-        ids = [prompt_ids(self.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+        ids = [self.data.encoder.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
         step = self.reporter.trainer.state.global_step
         for prompt, text in zip(prompts, self._answer(ids), strict=True):
             self.events.write("sample", step=step, prompt=prompt, text=text)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from toy import chat_line, write_chats
 
-from sparklab.data import IGNORED, Document, Prepared, encode_chat, prepare, read_chats
+from sparklab.data import IGNORED, Document, Prepared, encode_chat, prepare, read_records
 from sparklab.data.dataset import Row, make_row
 from sparklab.errors import DataError, DataNotFound
 from sparklab.planner.recipe import Recipe
@@ -39,7 +39,7 @@ def test_make_row() -> None:
 
 
 def test_every_document_is_in_one_row(tmp_path: Path, tokenizer: Any, prepared: Prepared) -> None:
-    expected = [encode_chat(tokenizer, chat, 256, "error") for chat in read_chats(tmp_path / "chats.jsonl")]
+    expected = [encode_chat(tokenizer, chat, 256, "error") for chat in read_records(tmp_path / "chats.jsonl")]
     assert documents([*prepared.train_rows, *prepared.held_out_rows]) == sorted((tuple(one.input_ids), tuple(one.labels)) for one in expected if one)
     held_out = [encode_chat(tokenizer, chat, 256, "error") for chat in prepared.held_out_chats]
     assert documents(prepared.held_out_rows) == sorted((tuple(one.input_ids), tuple(one.labels)) for one in held_out if one)

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparklab.data.chat import Chat
+from sparklab.data.record import Record
 from sparklab.data.split import split_file, split_share
 from sparklab.errors import DataError
 
 
-def chat(words: str, line: int = 0) -> Chat:
-    return Chat(({"role": "user", "content": "Say it."}, {"role": "assistant", "content": words}), line)
+def chat(words: str, line: int = 0) -> Record:
+    return Record(({"role": "user", "content": "Say it."}, {"role": "assistant", "content": words}), line)
 
 
-def words(chats: list[Chat]) -> set[str]:
+def words(chats: list[Record]) -> set[str]:
     return {chat.answer for chat in chats}
 
 

@@ -9,18 +9,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import MARKED, PLAIN, PLAIN_SPECIAL, SPECIAL, build_tokenizer
 
-from sparklab.data.chat import Chat, Message
-from sparklab.data.faults import Faults
+from sparklab.data.faults import Fault
+from sparklab.data.record import Message, Record
 from sparklab.data.template import IGNORED, ChatEncoder, Document, encode_chat, prompt_ids, stop_ids
 from sparklab.errors import DataError
 
 SPELLED = [*SPECIAL, *PLAIN_SPECIAL]
 
 
-def chat(*contents: str, system: str | None = None) -> Chat:
+def chat(*contents: str, system: str | None = None) -> Record:
     messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
     messages += [{"role": "user" if index % 2 == 0 else "assistant", "content": content} for index, content in enumerate(contents)]
-    return Chat(tuple(messages), line=7, source="chats.jsonl")
+    return Record(tuple(messages), line=7, source="chats.jsonl")
 
 
 def encode(tokenizer: Any, *contents: str, system: str | None = None) -> Document:
@@ -145,10 +145,8 @@ def test_answer_that_joins_with_the_prompt() -> None:
     """Where the tokenizer joins the header's newline with the answer's own, the model would be asked with other tokens than it learned."""
     joining = build_tokenizer(PLAIN, end="<|stop|>", special=[*PLAIN_SPECIAL, "\n\n"])
     good, bad = chat("a", "b"), chat("a", "\nb")
-    faults = Faults()
-    found = list(ChatEncoder(joining).encode([good, bad, good], faults))
-    assert [document is not None for document in found] == [True, False, True]
-    assert faults.by_kind == {"training text and generation prompt differ": 1}
+    found = ChatEncoder(joining).encode([good, bad, good])
+    assert [getattr(one, "kind", "") for one in found] == ["", "training text and generation prompt differ", ""]
     with pytest.raises(DataError, match=r"chats.jsonl:7, messages: .*prompted with 'Ċ' \(\d+\) and the text has '\\n\\n' \(4\)") as caught:
         encode_chat(joining, bad, 100, "truncate")
     assert "white space at the beginning of their answers" in caught.value.fix
@@ -192,17 +190,16 @@ def test_thinking_that_is_left_out_of_earlier_turns() -> None:
     thought = "{%- if loop.last and message['role'] == 'assistant' -%}{{- '<think></think>' -}}{%- endif -%}"
     template = PLAIN.replace("'\\n' + message['content']", "'\\n' -}}" + thought + "{{- message['content']")
     tokenizer = build_tokenizer(template, end="<|stop|>", special=PLAIN_SPECIAL)
-    assert learned(tokenizer, encode(tokenizer, "a", "b", "c", "d")) == "b<|stop|><think></think>d<|stop|>"
+    (documents,) = ChatEncoder(tokenizer).encode([chat("a", "b", "c", "d")])
+    assert [learned(tokenizer, document) for document in documents] == ["<think></think>b<|stop|>", "<think></think>d<|stop|>"]
 
 
 def test_system_message_the_template_refuses() -> None:
     strict = build_tokenizer("{%- if messages[0]['role'] == 'system' -%}{{- raise_exception('no system here') -}}{%- endif -%}" + MARKED, end="<|end|>")
-    faults = Faults()
-    chats = [chat("a", "b"), chat("a", "b", system="c"), chat("d", "e")]
-    found = list(ChatEncoder(strict).encode(chats, faults))
-    assert [document is not None for document in found] == [True, False, True]
-    assert faults.first[0].kind == "the chat template refuses the chat"
-    assert faults.first[0].detail == "no system here"
+    good, refused, other = ChatEncoder(strict).encode([chat("a", "b"), chat("a", "b", system="c"), chat("d", "e")])
+    assert isinstance(refused, Fault)
+    assert (refused.kind, refused.detail) == ("the chat template refuses the chat", "no system here")
+    assert not isinstance(good, Fault) and not isinstance(other, Fault)
 
 
 def test_too_long(tokenizer: Any) -> None:
@@ -219,9 +216,9 @@ def test_too_long(tokenizer: Any) -> None:
 
 def test_many_at_once_are_as_one_by_one(tokenizer: Any) -> None:
     chats = [chat(f"question {index}", "x" * (index % 7 + 1), *(["<|end|>", "y"] if index % 5 == 0 else [])) for index in range(1100)]
-    faults = Faults()
-    assert list(ChatEncoder(tokenizer).encode(chats, faults))[::100] == [encode_chat(tokenizer, one, 1000, "error") for one in chats[::100]]
-    assert faults.total == 0
+    found = ChatEncoder(tokenizer).encode(chats)
+    assert [document for (document,) in found[::100]] == [encode_chat(tokenizer, one, 1000, "error") for one in chats[::100]]
+    assert len(found) == 1100
 
 
 def test_role_markers_that_are_not_flagged_special() -> None:

@@ -41,6 +41,7 @@ def test_the_fingerprint_changes_with_every_field() -> None:
         "max_steps": 5, "learning_rate": 1e-3, "schedule": "linear", "warmup_share": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.95), "clip_norm": 2.0,
         "seed": 1, "dtype": "fp32", "checkpoint_layers": "all", "loss": "full", "engine": "stock", "optimizer": "adamw_8bit", "held_out": 0.2,
         "eval_every": 3, "answer_held_out": 4, "answer_tokens": 64, "sample_prompts": ("Hi",), "save_every": 9, "keep_checkpoints": 1,
+        "format": "text", "template": "chatml", "learn": "all", "on_bad": "skip", "overrule": ("mismatch",),
     }  # fmt: skip
     recipe = Recipe(**LEAST)
     assert set(changes) == {field.name for field in dataclasses.fields(Recipe)}
@@ -68,6 +69,11 @@ def test_the_fingerprint_changes_with_every_field() -> None:
         ({"model": ""}, "model is ''"),
         ({"engine": "turbo"}, "engine is 'turbo'; choose one of fast, stock"),
         ({"optimizer": "paged_adamw_8bit"}, "another pool of memory, and here there is one"),
+        ({"format": "xml"}, "format is 'xml'; choose one of auto, messages"),
+        ({"template": "mine"}, "template is 'mine'"),
+        ({"learn": "user"}, "learn is 'user'"),
+        ({"on_bad": "guess"}, "on_bad is 'guess'"),
+        ({"overrule": ("all",)}, r"overrule is \('all',\); it must be a tuple of mismatch, special_text"),
     ],
 )
 def test_what_cannot_be(changes: dict[str, Any], words: str) -> None:
