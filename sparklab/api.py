@@ -173,9 +173,9 @@ class Run:
 
     # steering
 
-    def stop(self) -> None:
+    def stop(self, reason: str = "asked to stop") -> None:
         """Asks the worker to finish its update, save a checkpoint and leave. Returns at once; :meth:`wait` waits."""
-        self._ask("stop")
+        self._ask("stop", reason=reason)
 
     def pause(self) -> None:
         """Asks the worker to hold still after its update; it keeps its memory. ``resume()`` goes on."""
@@ -185,9 +185,21 @@ class Run:
         """Asks for a checkpoint after the update under way."""
         self._ask("checkpoint")
 
+    def evaluate_now(self) -> None:
+        """Asks for the held-out loss as the model is now; it comes as an ``eval`` event. (:meth:`evaluate` asks a finished run.)"""
+        self._ask("evaluate")
+
     def sample(self, prompts: Sequence[str] = ()) -> None:
         """Asks the model as it is now; the answers come as ``sample`` events. Default: the recipe's prompts."""
-        self._ask("sample", prompts=list(prompts))
+        self._ask("sample", prompts=[prompts] if isinstance(prompts, str) else list(prompts))
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Asks for the schedule as if the recipe's ``learning_rate`` had been this, from the next update on; it survives every resume.
+
+        Raises RecipeError where it is not a number above 0.
+        """
+        self.recipe.replace(learning_rate=learning_rate)
+        self._ask("learning_rate", learning_rate=learning_rate)
 
     def _ask(self, command: str, **details: Any) -> None:
         if not self.directory.is_alive:
@@ -213,7 +225,7 @@ class Run:
         return self
 
     def wait(self, timeout_seconds: float | None = None) -> Run:
-        """Blocks until the run is over. Ctrl-C (interrupting the kernel) stops the run gracefully and waits for that.
+        """Blocks until the run is over. Ctrl-C (interrupting the kernel) stops the run gracefully and waits for that; a second one only waits no more.
 
         Raises RunFailed with the worker's own fact and fix, TimeoutError.
         """
@@ -221,7 +233,7 @@ class Run:
             launch.wait(self.directory, timeout_seconds)
         except KeyboardInterrupt:
             if self.directory.is_alive:
-                self.stop()
+                self.stop("interrupted in the notebook")
             launch.wait(self.directory, timeout_seconds)
         finally:
             if self._panel is not None and not self.directory.is_alive:
@@ -266,6 +278,7 @@ class Run:
         return {
             "run": str(self.path), "status": state.status, "step": state.step, "steps": state.steps, "reason": state.reason, "fix": state.fix,
             "loss": state.losses[-1] if state.losses else None, "best_held_out_loss": best["loss"] if best else None,
+            "worker": str(self.directory.owner or "") or None,
             "tokens": state.tokens, "tokens_per_second": state.tokens_per_second, "peak_bytes": state.peak_bytes,
         }  # fmt: skip
 

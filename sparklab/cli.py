@@ -16,10 +16,12 @@ from typing import Any
 
 from sparklab.errors import SparklabError
 from sparklab.planner.recipe import Recipe, field_help
+from sparklab.text import clean, harmless_json
 from sparklab.units import jsonable
 
 USER_ERROR = 2
 INTERRUPTED = 130
+LONGEST_TEXT = 1_000_000  # characters printed at once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
         ("stop", "finish the update, save a checkpoint, leave", _stop),
         ("pause", "hold a run after its update", _pause),
         ("checkpoint", "save a checkpoint now", _checkpoint),
+        ("evaluate-now", "measure the held-out loss of a run at work, as its model is now", _evaluate_now),
+        ("sample", "ask the model of a run at work, as it is now", _sample),
+        ("learning-rate", "change the learning rate of a run at work, from its next update on", _learning_rate),
         ("resume", "go on from a pause, or from the newest good checkpoint", _resume),
         ("compare", "answers of base and tuned, side by side", _compare),
         ("evaluate", "held-out loss and exact match of base and tuned", _evaluate),
@@ -93,6 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("directory", help="the run directory")
         if name == "compare":
             verb.add_argument("prompts", nargs="+", help="what to ask")
+        if name == "sample":
+            verb.add_argument("prompts", nargs="*", help="what to ask (default: the recipe's sample_prompts)")
+        if name == "learning-rate":
+            verb.add_argument("learning_rate", type=float, help="the schedule goes on as if the recipe's learning_rate had been this")
         if name == "evaluate":
             verb.add_argument("--n", type=int, help="how many held-out records are answered (default: all)")
         if name == "resume":
@@ -157,7 +166,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(jsonable(content), ensure_ascii=False))  # noqa: T201
+    print(harmless_json(json.dumps(jsonable(content), ensure_ascii=False)))  # noqa: T201
 
 
 def _show(options: argparse.Namespace, content: dict[str, Any], text: object) -> None:
@@ -165,7 +174,7 @@ def _show(options: argparse.Namespace, content: dict[str, Any], text: object) ->
     if options.json:
         _print_json(content)
     else:
-        print(text)  # noqa: T201
+        print(clean(text, LONGEST_TEXT))  # noqa: T201
 
 
 # the verbs; each imports what it needs, so that `sparklab plan` stays quick
@@ -262,7 +271,7 @@ def _follow(options: argparse.Namespace, run: Any, detach: bool, quiet: bool = F
         except KeyboardInterrupt:
             print("\nstopping after this update; a checkpoint is saved ...", file=sys.stderr)  # noqa: T201
             if run.directory.is_alive:
-                run.stop()
+                run.stop("interrupted in the terminal")
             state = follow(run.directory)
         raise_failure(run.directory, state)
     if not quiet:
@@ -287,19 +296,38 @@ def _watch(options: argparse.Namespace) -> int:
     return _follow(options, _open(options), detach=False)
 
 
+def _asked(options: argparse.Namespace, command: str, words: str, **details: Any) -> None:
+    _show(options, {"asked": command, "run": options.directory, **details}, f"asked {options.directory} {words}")
+
+
 def _stop(options: argparse.Namespace) -> None:
     _open(options).stop()
-    _show(options, {"asked": "stop", "run": options.directory}, f"asked {options.directory} to stop; it saves a checkpoint first")
+    _asked(options, "stop", "to stop; it saves a checkpoint first")
 
 
 def _pause(options: argparse.Namespace) -> None:
     _open(options).pause()
-    _show(options, {"asked": "pause", "run": options.directory}, f"asked {options.directory} to pause")
+    _asked(options, "pause", "to pause")
 
 
 def _checkpoint(options: argparse.Namespace) -> None:
     _open(options).checkpoint()
-    _show(options, {"asked": "checkpoint", "run": options.directory}, f"asked {options.directory} for a checkpoint")
+    _asked(options, "checkpoint", "for a checkpoint")
+
+
+def _evaluate_now(options: argparse.Namespace) -> None:
+    _open(options).evaluate_now()
+    _asked(options, "evaluate", "for its held-out loss; sparklab watch shows it")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    _open(options).sample(options.prompts)
+    _asked(options, "sample", "for answers; they stand in its panel and events", prompts=options.prompts)
+
+
+def _learning_rate(options: argparse.Namespace) -> None:
+    _open(options).set_learning_rate(options.learning_rate)
+    _asked(options, "learning_rate", f"to go on with learning rate {options.learning_rate:g}", learning_rate=options.learning_rate)
 
 
 def _resume(options: argparse.Namespace) -> int:

@@ -15,15 +15,23 @@
         ├── RunNotFound   (FileNotFoundError)
         ├── RunExists     (FileExistsError)
         ├── RunBusy                          another worker advances this run
+        ├── RunChanged                       what the run was started with is not what lies there now
         ├── RunFailed                        the worker stopped with an error
+        ├── OutOfMemory   (MemoryError)      memory ran out, and where
         └── DiskFull      (OSError)
 
-Each one carries the fact (with the values received) and the cheapest fix; ``str`` joins the two.
+Each one carries the fact (with the values received) and the cheapest fix; ``str`` joins the two. Both often quote files that somebody else
+wrote, and so are cleaned of what a terminal would obey.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
+
+from sparklab.text import clean
+
+LONGEST: Final = 20_000
+"""Characters of a fact or fix that are kept."""
 
 
 class SparklabError(Exception):
@@ -33,9 +41,9 @@ class SparklabError(Exception):
     """
 
     def __init__(self, fact: str, fix: str = "") -> None:
-        super().__init__(fact, fix)
-        self.fact = fact
-        self.fix = fix
+        self.fact = clean(fact, LONGEST)
+        self.fix = clean(fix, LONGEST)
+        super().__init__(self.fact, self.fix)
 
     def __str__(self) -> str:
         return f"{self.fact}\n  Fix: {self.fix}" if self.fix else self.fact
@@ -93,8 +101,18 @@ class RunBusy(RunError):
     """Another living worker holds the run."""
 
 
+class RunChanged(RunError):
+    """Recipe, data, model or packages are not those the run was started with; ``changed`` names them as ``accept`` takes them."""
+
+    changed: tuple[str, ...] = ()
+
+
 class RunFailed(RunError):
     """The worker ended with an error; its last words are in the fact."""
+
+
+class OutOfMemory(RunError, MemoryError):
+    """Memory ran out: the fact says in which phase, what was planned and what was measured; the fix the nearest plan that fits."""
 
 
 class DiskFull(RunError, OSError):

@@ -12,7 +12,8 @@ PACKAGE = ROOT / "sparklab"
 
 # Lowest first. A module belongs to the longest name it starts with.
 FLOORS = [
-    ["sparklab.units", "sparklab.errors"],
+    ["sparklab.units", "sparklab.text"],
+    ["sparklab.errors", "sparklab.files"],
     ["sparklab.box", *(f"sparklab.model.{name}" for name in ("anatomy", "families", "fields", "hub", "parts", "source"))],
     ["sparklab.planner"],
     ["sparklab.data"],

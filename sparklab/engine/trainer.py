@@ -169,6 +169,21 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         step: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return step
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """What the schedule is a share of: the recipe's learning rate, or what it was changed to. Setting it holds from the next update on."""
+        return float(self.lr_scheduler.base_lrs[0])
+
+    @peak_learning_rate.setter
+    def peak_learning_rate(self, peak: float) -> None:
+        scheduler = self.lr_scheduler
+        for group, base in zip(self.optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = group["lr"] * (peak / base)
+            group["initial_lr"] = peak
+        # The schedulers of transformers multiply these at every update; they are part of the state that checkpoints hold.
+        scheduler.base_lrs = [peak for _ in scheduler.base_lrs]
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's own; bitsandbytes remembers by position which parameters keep fp32 states, and must forget an earlier run of this process."""
         if self.recipe.optimizer == "adamw_8bit":

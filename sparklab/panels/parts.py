@@ -10,10 +10,13 @@ from __future__ import annotations
 import base64
 import html
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
+
+from sparklab.text import clean, one_line
+
+__all__ = ["clean", "one_line"]  # at home in sparklab.text, handed on to the panels with the rest
 
 # Mid-tones: each keeps at least 3:1 against white and against JupyterLab's dark #111, so that one picture serves both themes.
 LOSS: Final = "#3b82f6"
@@ -25,26 +28,6 @@ DIM: Final = "#787878"
 LINE: Final = "rgba(128,128,128,.28)"
 SEGMENTS: Final = ("#3b82f6", "#12a594", "#8e6ad8", "#d9730d", "#d6568c", "#7c9a2b", "#8a8f98")
 """Components of a stacked bar, in order; the last is for whatever nobody itemised."""
-
-_ESCAPE_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-
-
-def clean(text: object, limit: int = 4000) -> str:
-    """``text`` without terminal escape codes, control characters and direction overrides, cut at ``limit`` characters.
-
-    >>> clean("a\\x1b[31mb\\x00c")
-    'abc'
-    """
-    plain = str(text)
-    plain = plain[: 4 * limit]  # a hostile file may hold megabytes: no pattern runs over them
-    plain = _INVISIBLE.sub("", _ESCAPE_CODE.sub("", plain).replace("\r\n", "\n"))
-    return plain if len(plain) <= limit else plain[: limit - 1] + "…"
-
-
-def one_line(text: object, limit: int = 300) -> str:
-    """As :func:`clean`, with line breaks and tabs as spaces."""
-    return clean(" ".join(clean(text, 4 * limit).split()), limit)
 
 
 def escape(text: object, limit: int = 4000) -> str:

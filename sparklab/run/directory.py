@@ -9,34 +9,46 @@
     commands/          what is asked of the worker      one small file each, removed when carried out
     checkpoints/       step-000123/                     written beside, then renamed
     adapter/ or model/ the result                       written at the end
-    worker.lock        held (flock) by the living worker
+    worker.lock        held (flock) by the living worker, and says who that is
     worker.log         what its libraries print
     guard.json         why the watchdog ended the worker   only where it had to
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
+import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Final
 
-from sparklab.errors import RunBusy, RunError, RunExists, RunNotFound
+from sparklab.errors import RunError, RunExists, RunNotFound
+from sparklab.files import open_plain, read_json, write_json
 from sparklab.planner.recipe import Recipe
 from sparklab.run.events import EventReader
 from sparklab.run.guard import left_behind
+from sparklab.run.lock import Owner, acquire, is_held, owner_of, wait_for
 from sparklab.run.state import RunState
+from sparklab.text import clean
+from sparklab.units import MIB
 
-COMMANDS = ("stop", "pause", "resume", "checkpoint", "evaluate", "sample")
+COMMANDS = ("stop", "pause", "resume", "checkpoint", "evaluate", "sample", "learning_rate")
+
+NAMES: Final = (
+    "recipe.json", "plan.json", "environment.json", "events.jsonl", "commands", "checkpoints", "adapter", "model", "worker.lock", "worker.log",
+)  # fmt: skip
+"""What a run keeps in its directory; none of them may be a link to somewhere else."""
+
+DISK_FULL: Final = 28  # errno.ENOSPC
 
 
 class RunDirectory:
     """The files of one run. Cheap to make; reads when asked.
 
-    Raises :class:`RunNotFound` where ``path`` holds no run.
+    Raises :class:`RunNotFound` where ``path`` holds no run, and :class:`RunError` where one of its files is a link: a directory from a stranger
+    may be opened, and leads nowhere else.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -45,6 +57,12 @@ class RunDirectory:
             what = "is not a run directory (no recipe.json)" if self.path.exists() else "does not exist"
             near = sorted(entry.parent.name for entry in self.path.parent.glob("*/recipe.json"))[:5] if self.path.parent.is_dir() else []
             raise RunNotFound(f"{self.path} {what}", f"runs beside it: {', '.join(near)}" if near else "start one with sparklab.train(recipe, path)")
+        links = [name for name in NAMES if (self.path / name).is_symlink()]
+        if links:
+            raise RunError(
+                f"{self.path}: {', '.join(links)} leads elsewhere (a symbolic link), and nothing outside a run directory is followed",
+                "put the real files in its place, if you trust whoever made them",
+            )
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], recipe: Recipe, plan: dict[str, Any], environment: dict[str, Any]) -> RunDirectory:
@@ -93,7 +111,7 @@ class RunDirectory:
     def read_json(self, name: str) -> dict[str, Any]:
         """One of the files written once; :class:`RunError` where it is damaged."""
         try:
-            content = json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
+            content = read_json(self.path / f"{name}.json")
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path / name}.json cannot be read: {error}", "start the run anew in another directory") from error
         if not isinstance(content, dict):
@@ -119,39 +137,32 @@ class RunDirectory:
 
     # who works on it
 
-    def try_lock(self) -> int | None:
-        """An open file descriptor that holds the run's lock, or None where a living worker has it.
+    @property
+    def _lock_path(self) -> Path:
+        return self.path / "worker.lock"
 
-        The lock is the kernel's (flock): it goes with the process that holds it, so it can never be stale.
-        """
-        descriptor = os.open(self.path / "worker.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            return None
-        return descriptor
+    def try_lock(self) -> int | None:
+        """An open file descriptor that holds the run's lock, or None where a living worker has it; :func:`lock.release` gives it back."""
+        return acquire(self._lock_path)
 
     def lock(self) -> int:
-        """As :meth:`try_lock`; raises :class:`RunBusy` where a living worker has it."""
-        for _ in range(20):  # somebody asking `is_alive` holds the lock for microseconds: not a worker
-            descriptor = self.try_lock()
-            if descriptor is not None:
-                return descriptor
-            time.sleep(0.02)
-        raise RunBusy(f"a worker is at work on {self.path}", "wait for it, or stop it first: sparklab stop " + str(self.path))
+        """As :meth:`try_lock`; raises :class:`RunBusy`, which names the worker, where a living one has it, and RunError where nothing may be written."""
+        try:
+            return wait_for(self._lock_path)
+        except OSError as error:
+            if error.errno == DISK_FULL:
+                raise
+            raise RunError(f"{self.path} cannot be locked: {error.strerror}", "a run needs a directory that may be written to") from error
 
     @property
     def is_alive(self) -> bool:
         """True while a worker holds the run."""
-        try:
-            descriptor = self.try_lock()
-        except OSError:  # a read-only copy has no worker
-            return False
-        if descriptor is None:
-            return True
-        os.close(descriptor)
-        return False
+        return is_held(self._lock_path)
+
+    @property
+    def owner(self) -> Owner | None:
+        """The living worker: its process, machine, and since when; None where there is none."""
+        return owner_of(self._lock_path) if self.is_alive else None
 
     # what is asked of the worker
 
@@ -159,25 +170,36 @@ class RunDirectory:
         """Leaves a command for the worker and returns its id; the worker answers with a ``command`` event."""
         if command not in COMMANDS:
             raise RunError(f"there is no command {command!r}", f"use one of {', '.join(COMMANDS)}")
-        name = f"{time.time_ns()}-{command}"
-        write_json(self.path / "commands" / f"{name}.json", {"command": command, **details})
+        folder = self.path / "commands"
+        # Later than all that wait, also where the clock went back in between.
+        waiting = [int(match[0]) for name in os.listdir(folder) if (match := re.match(r"\d{1,20}(?=-)", name))]
+        name = f"{max([time.time_ns(), *(number + 1 for number in waiting)])}-{command}"
+        write_json(folder / f"{name}.json", {"command": command, **details})
         return name
 
-    def take_commands(self) -> list[tuple[str, dict[str, Any]]]:
-        """The commands waiting, oldest first, as (id, content); each is removed as it is taken."""
+    def take_commands(self, wanted: Callable[[dict[str, Any]], bool] | None = None) -> list[tuple[str, dict[str, Any]]]:
+        """The commands waiting (all, or those ``wanted``), oldest first, as (id, content); each is removed as it is taken.
+
+        What is no command has an empty content.
+        """
         folder, taken = self.path / "commands", []
         for name in sorted(os.listdir(folder)):
             file = folder / name
-            if not name.endswith(".json") or file.is_symlink():
+            if not name.endswith(".json") or name.startswith(".") or file.is_symlink() or not file.is_file():
                 continue
             try:
-                content = json.loads(file.read_text(encoding="utf-8"))
+                content = read_json(file, MIB)
             except (OSError, ValueError):
                 content = None
-            file.unlink(missing_ok=True)
-            if isinstance(content, dict) and content.get("command") in COMMANDS:
-                taken.append((name.removesuffix(".json"), content))
+            command = content if isinstance(content, dict) else {}
+            if wanted is None or wanted(command):
+                file.unlink(missing_ok=True)
+                taken.append((clean(name.removesuffix(".json"), 80), command))
         return taken
+
+    def open_log(self) -> IO[bytes]:
+        """``worker.log``, to append to."""
+        return open(open_plain(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
 
     # what happened
 
@@ -193,9 +215,9 @@ class RunDirectory:
     def log_tail(self, lines: int = 20) -> str:
         """The last lines of ``worker.log``."""
         try:
-            with open(self.log_path, "rb") as file:
+            with open(open_plain(self.log_path), "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 16_384))
-                return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-lines:])
+                return clean("\n".join(file.read(16_384).decode("utf-8", "replace").splitlines()[-lines:]))
         except OSError:
             return ""
 
@@ -214,18 +236,5 @@ class RunFollower:
         for event in self._reader.read_new():
             self.state.add(event)
         if not alive and not self.state.is_over:
-            self.state.mark_lost(left_behind(self.directory.path))
+            self.state.mark_lost(self.directory.log_tail(5), left_behind(self.directory.path))
         return self.state
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all: beside, to the disk, renamed."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with open(draft, "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

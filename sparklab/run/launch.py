@@ -7,9 +7,11 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sparklab.data.read import open_source
 from sparklab.errors import DiskFull, RunError, RunFailed
 from sparklab.model.source import check_trainable
 from sparklab.planner.recipe import Recipe
+from sparklab.run import lock
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
 from sparklab.run.worker import advance
@@ -32,7 +35,16 @@ class _Detached(subprocess.Popen[bytes]):
         pass
 
 
-_workers: list[_Detached] = []  # kept so that ended ones are reaped, not left as zombies
+@dataclass(frozen=True)
+class _Started:
+    """A worker that this process started: kept so that an ended one is reaped, not left as a zombie, and its exit status is known."""
+
+    process: _Detached
+    events_bytes: int
+    """How long the diary was before."""
+
+
+_workers: dict[Path, _Started] = {}
 
 
 def start(directory: RunDirectory) -> None:
@@ -40,47 +52,72 @@ def start(directory: RunDirectory) -> None:
 
     The lock is taken here and handed over open, so no moment passes in which nobody holds the run.
     """
-    _workers[:] = [worker for worker in _workers if worker.poll() is None]
+    for path in [path for path, worker in _workers.items() if worker.process.poll() is not None]:
+        del _workers[path]
     descriptor = directory.lock()
     try:
-        with open(directory.log_path, "ab") as log:
-            _workers.append(
-                _Detached(
-                    [sys.executable, "-m", "sparklab.run.worker", str(directory.path.resolve()), "--lock-fd", str(descriptor)],
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=(descriptor,), env=worker_environment(directory.recipe),
-                )
+        path = directory.path.resolve()
+        command = [sys.executable, "-m", "sparklab.run.worker", str(path), "--lock-fd", str(descriptor)]
+        with directory.open_log() as log:
+            process = _Detached(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=(descriptor,),
+                env=worker_environment(directory.recipe),
             )  # fmt: skip
-    finally:
-        os.close(descriptor)
+        _workers[path] = _Started(process, directory.events_path.stat().st_size)
+    except BaseException:
+        lock.release(descriptor)
+        raise
+    os.close(descriptor)  # the worker holds it open
 
 
 def run_inline(directory: RunDirectory) -> None:
     """The same worker code in this process: for teaching and debugging. Raises what the worker raises."""
     descriptor = directory.lock()
     try:
-        advance(directory)
+        with lock.beating(descriptor):
+            advance(directory)
     finally:
-        os.close(descriptor)
+        lock.release(descriptor)
 
 
 def wait(directory: RunDirectory, timeout_seconds: float | None = None, every_seconds: float = 0.2) -> RunState:
-    """Blocks until the run is over. Raises TimeoutError, and RunFailed where the run failed or its worker vanished."""
+    """Blocks until the run is over and its worker gone. Raises TimeoutError, and RunFailed where the run failed or its worker vanished."""
     follower = directory.follow()
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    while not (state := follower.refresh()).is_over:
+    while not (state := follower.refresh()).is_over or directory.is_alive:
         if deadline is not None and time.monotonic() > deadline:
             raise TimeoutError(f"{directory.path} is still {state.status} at step {state.step} of {state.steps} after {timeout_seconds} s")
         time.sleep(every_seconds)
-    raise_failure(directory, state)
+    raise_failure(directory, follower.refresh())
     return state
 
 
 def raise_failure(directory: RunDirectory, state: RunState) -> None:
-    """One clear RunFailed for a failed or lost run, with the tail of the worker's log where the diary says too little."""
-    if state.status not in ("failed", "lost"):
-        return
-    tail = directory.log_tail(10) if state.status == "lost" else ""
-    raise RunFailed(state.reason + (f"\n  worker.log ends:\n{tail}" if tail else ""), state.fix)
+    """One clear RunFailed for a failed or lost run; a worker that ended before it could say anything has the end of its log in it."""
+    started = _workers.get(directory.path.resolve())
+    status = started.process.poll() if started is not None else None
+    if started is not None and status is not None and _said_nothing(directory, started):
+        tail = directory.log_tail(10)
+        raise RunFailed(
+            f"the worker ended before it could begin ({_exit_words(status)}); worker.log ends:\n{tail}", "mend what the log names, then resume the run"
+        )
+    if state.status in ("failed", "lost"):
+        how = f" ({_exit_words(status)})" if state.status == "lost" and status else ""
+        raise RunFailed(state.reason + how, state.fix)
+
+
+def _said_nothing(directory: RunDirectory, started: _Started) -> bool:
+    try:
+        return directory.events_path.stat().st_size <= started.events_bytes
+    except OSError:
+        return True
+
+
+def _exit_words(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    return f"killed by {name}" + (": the kernel does that when memory runs out" if name == "SIGKILL" else "")
 
 
 def worker_environment(recipe: Recipe) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,18 @@ from sparklab.box.meter import read_memory
 from sparklab.engine import checkpoint
 from sparklab.engine.finite import BadUpdate
 from sparklab.run.directory import RunDirectory
-from sparklab.run.events import EventWriter
+from sparklab.run.events import Event, EventWriter, steering
 from sparklab.run.guard import Floors
+from sparklab.text import one_line
 
 MEMORY_SECONDS = 1.0  # between two memory events
+QUIET_SECONDS = 10.0  # between two that say the same: a run of a day must not drown in them
+MOST_PROMPTS = 16  # that one command may ask
+LONGEST_PROMPT = 4000  # characters
+
+
+class _Refused(Exception):
+    """A command that cannot be carried out, and why."""
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
@@ -34,15 +43,28 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         self._on_samples = on_samples
         self._paused = False
         self._mark = time.perf_counter()
-        self._memory_due = 0.0
+        self._memory_due = self._quiet_until = 0.0
+        self._memory_said = (0.0, 0.0)
+        self._steering: list[Event] = []
+        """What was changed on the way, also what an interruption has undone and is still to come again."""
 
     # what the Trainer tells
 
+    def steer(self, steering: Sequence[Event]) -> None:
+        """What the diary says was changed on the way: it holds for this worker too, from the same updates on."""
+        self._steering = list(steering)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.events.write("phase", phase="train")
+        for change in self._steering:
+            if change["step"] <= state.global_step:
+                self._apply(change)
         self._mark = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for change in self._steering:
+            if change["step"] == state.global_step:
+                self._apply(change)
         self._obey(control)
         if self.stop_reason:
             control.should_training_stop = True
@@ -82,34 +104,85 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
 
     # what the user asks
 
+    def obey_before_training(self) -> None:
+        """Of what waits while the run is made ready, a stop is carried out at once; the rest waits for the first update."""
+        for name, command in self.directory.take_commands(lambda content: content.get("command") == "stop"):
+            self._answer(name, command, TrainerControl())
+
     def _obey(self, control: TrainerControl) -> None:
         """Carries out the waiting commands; while paused, waits for the next."""
         while True:
             for name, command in self.directory.take_commands():
-                self._carry_out(name, command, control)
+                self._answer(name, command, control)
             if self.stop_reason or not self._paused:
                 return
             time.sleep(0.05)
             self._mark = time.perf_counter()
 
-    def _carry_out(self, name: str, command: dict[str, Any], control: TrainerControl) -> None:
-        match command["command"]:
+    def _answer(self, name: str, command: dict[str, Any], control: TrainerControl) -> None:
+        """Carries one out, or refuses it, and says so in an event."""
+        word, refused = one_line(command.get("command", "?"), 40), False
+        try:
+            detail = self._carry_out(command, control)
+        except _Refused as reason:
+            detail, refused = f"refused: {reason}", True
+        self.events.write("command", name=word, id=name, refused=refused, detail=detail)
+
+    def _carry_out(self, command: dict[str, Any], control: TrainerControl) -> str:
+        """Does what is asked, or sees to it that the Trainer does after this update; what to say about it. Raises :class:`_Refused`."""
+        match command.get("command"):
             case "stop":
-                self.stop_reason = str(command.get("reason") or "asked to stop")
+                self.stop_reason = one_line(command.get("reason") or "asked to stop")
                 self._stop_asked = command
                 if command.get("by") == "guard":
                     self.events.write("warning", kind="guard", message=self.stop_reason, numbers=command.get("numbers"))
             case "pause" | "resume" as wish:
+                if self._paused == (wish == "pause"):
+                    raise _Refused("it is paused already" if self._paused else "it is not paused")
                 self._paused = wish == "pause"
                 self.events.write("phase", phase="paused" if self._paused else "train")
             case "checkpoint":
                 control.should_save = True
             case "evaluate":
+                if not self.trainer.eval_dataset:
+                    raise _Refused("this run held nothing out to evaluate on")
                 control.should_evaluate = True
             case "sample":
-                prompts = command.get("prompts") or self.directory.recipe.sample_prompts
-                self._on_samples(tuple(str(prompt) for prompt in prompts))
-        self.events.write("command", name=command["command"], id=name)
+                self._on_samples(self._prompts(command))
+            case "learning_rate":
+                return self._change_rate(command.get("learning_rate"))
+            case other:
+                raise _Refused(f"there is no command {one_line(other, 40)!r}")
+        return ""
+
+    def _prompts(self, command: dict[str, Any]) -> tuple[str, ...]:
+        prompts = command.get("prompts") or self.directory.recipe.sample_prompts
+        if not prompts or not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+            raise _Refused("no prompt was given, and the recipe has no sample_prompts" if not prompts else "prompts must be texts")
+        if len(prompts) > MOST_PROMPTS or max(map(len, prompts)) > LONGEST_PROMPT:
+            raise _Refused(f"at most {MOST_PROMPTS} prompts of {LONGEST_PROMPT:,} characters are answered at once")
+        return tuple(prompts)
+
+    def _change_rate(self, wanted: Any) -> str:
+        """The schedule as if the recipe's learning_rate had been ``wanted``, from the next update on."""
+        if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not 0 < wanted < math.inf:
+            raise _Refused(f"learning_rate is {one_line(wanted, 40)}; it must be a number above 0")
+        state = self.trainer.state
+        if state.global_step >= state.max_steps:
+            raise _Refused("there is no update left")
+        was = self.trainer.peak_learning_rate
+        self._change("learning_rate", step=state.global_step, learning_rate=float(wanted), was=was)
+        return f"{was:.3g} → {wanted:.3g}"
+
+    def _change(self, kind: str, **fields: Any) -> None:
+        """Changes how it goes on: on record first, so that whatever happens next, a resume does the same at the same update."""
+        event = self.events.write(kind, **fields)
+        self._steering = steering([*self._steering, event])
+        self._apply(event)
+
+    def _apply(self, change: Event) -> None:
+        if change["event"] == "learning_rate":
+            self.trainer.peak_learning_rate = float(change["learning_rate"])
 
     def stop_words(self) -> dict[str, Any]:
         """Reason, who asked, and the fix, for the ``stopped`` event; what nobody said is left out."""
@@ -125,6 +198,12 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             return
         self._memory_due = now + every
         snapshot = read_memory()
+        self.peak_bytes = max(self.peak_bytes, snapshot.rss_peak_bytes)
+        said = (snapshot.rss_bytes, snapshot.available_bytes)
+        step = snapshot.total_bytes / 256
+        if every and now < self._quiet_until and all(abs(new - old) < step for new, old in zip(said, self._memory_said, strict=True)):
+            return
+        self._memory_said, self._quiet_until = said, now + QUIET_SECONDS
         fields = {
             "process_bytes": snapshot.rss_bytes,
             "peak_bytes": snapshot.rss_peak_bytes,
@@ -140,5 +219,4 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         if torch.cuda.is_available():
             fields["allocated_bytes"] = torch.cuda.max_memory_allocated()
             fields["reserved_bytes"] = torch.cuda.max_memory_reserved()
-        self.peak_bytes = max(self.peak_bytes, snapshot.rss_peak_bytes)
         self.events.write("memory", **fields)

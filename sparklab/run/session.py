@@ -18,7 +18,7 @@ from sparklab.engine.trainer import PackedTrainer
 from sparklab.model import load
 from sparklab.run import guard
 from sparklab.run.directory import RunDirectory
-from sparklab.run.events import EventWriter
+from sparklab.run.events import EventReader, EventWriter, steering
 from sparklab.run.guard import Floors
 from sparklab.run.reporter import Reporter
 
@@ -41,16 +41,20 @@ class Session:
     def run(self) -> None:
         """From wherever the run stands to its end, or to a stop."""
         resume_from, complaints = checkpoint.newest_good(self.directory.checkpoints_path)
-        step = None if resume_from is None else int(resume_from.name.removeprefix("step-"))
+        self.resumed_from = None if resume_from is None else int(resume_from.name.removeprefix("step-"))
         self.events.write(
             "started", pid=os.getpid(), device=str(load.pick_device()), dtype=self.box.resolve_dtype(self.recipe.dtype), method=self.recipe.method,
-            resumed_from=step, soft_floor_bytes=self.floors and self.floors.soft_bytes, hard_floor_bytes=self.floors and self.floors.hard_bytes,
+            resumed_from=self.resumed_from, nth=self.events.told,
+            soft_floor_bytes=self.floors and self.floors.soft_bytes, hard_floor_bytes=self.floors and self.floors.hard_bytes,
         )  # fmt: skip
         self._tell_of_the_guard()
         for complaint in complaints:
             self.events.write("warning", message=f"{complaint}; going on from {resume_from.name if resume_from else 'the start'}")
-        self._prepare()
-        self._load()
+        self.reporter.steer(steering(EventReader(self.directory.events_path).read_new()))
+        for work in (self._prepare, self._load):
+            work()
+            if self._asked_to_stop():
+                return
         trainer = self._trainer()
         if resume_from is None:
             self._evaluate(trainer)
@@ -69,6 +73,13 @@ class Session:
         if left is not None:
             self.events.write("warning", kind="guard", message=f"the guard ended the last worker: {left['reason']}", numbers=left["numbers"])
             guard.clear(self.directory.path)
+
+    def _asked_to_stop(self) -> bool:
+        """Between the long phases before training; nothing was trained since the last checkpoint, so nothing is saved."""
+        self.reporter.obey_before_training()
+        if self.reporter.stop_reason:
+            self.events.write("stopped", step=self.resumed_from or 0, **self.reporter.stop_words())
+        return bool(self.reporter.stop_reason)
 
     def _prepare(self) -> None:
         self.events.write("phase", phase="prepare")

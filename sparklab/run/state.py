@@ -81,6 +81,10 @@ class RunState:
     messages: list[dict[str, Any]] = field(default_factory=list)
     """What a person should read: warnings, commands carried out, the last word."""
     data: dict[str, Any] = field(default_factory=dict)
+    rate_changes: list[dict[str, float]] = field(default_factory=list)
+    """step, learning_rate (the new peak) and was, of every change on the way."""
+    row_tokens: float = NA
+    """The most tokens that go through the model at once, where running out of memory has made it less than the recipe says."""
 
     def add(self, event: Event) -> None:
         """Takes one event in; unknown or damaged fields become NA rather than errors."""
@@ -115,7 +119,8 @@ class RunState:
     @property
     def elapsed_seconds(self) -> float:
         """Seconds from the first start to now, or to the last event of a run that is over."""
-        return (self.last_time if self.is_over else time.time()) - self.started_time
+        elapsed = (self.last_time if self.is_over else time.time()) - self.started_time
+        return elapsed if math.isnan(elapsed) else max(0.0, elapsed)  # clocks are set back now and then
 
     @property
     def best_eval(self) -> dict[str, float] | None:
@@ -123,14 +128,21 @@ class RunState:
         scored = [entry for entry in self.evals if not math.isnan(entry["loss"])]
         return min(scored, key=lambda entry: entry["loss"]) if scored else None
 
-    def mark_lost(self, guard: dict[str, Any] | None = None) -> None:
-        """The worker is gone and left no last word: killed, or the box went down. ``guard``: what the watchdog left that killed it."""
-        self.status = "lost"
+    def mark_lost(self, log_tail: str = "", guard: dict[str, Any] | None = None) -> None:
+        """The worker is gone and left no last word: killed, or the box went down. One that never began has left its reason in the log.
+
+        ``guard``: what the watchdog left that killed it.
+        """
+        ended = f"; worker.log ends:\n{log_tail}" if log_tail else ""
         if guard is not None:
             self.ended_by, self.reason, self.fix = "guard", f"the guard ended the worker: {guard['reason']}", guard["fix"]
-            return
-        self.reason = "the worker process is gone without a word (killed, out of memory, or the machine restarted)"
-        self.fix = "resume the run; it goes on from the last checkpoint"
+        elif self.status == "starting":
+            self.reason = f"the worker ended before it could begin{ended}"
+            self.fix = "mend what the log names, then resume the run"
+        else:
+            self.reason = f"the worker process is gone without a word (killed, out of memory, or the machine restarted){ended}"
+            self.fix = "resume the run; it goes on from the last checkpoint"
+        self.status = "lost"
 
     def _on_started(self, event: Event) -> None:
         self.status, self.phase, self.reason, self.fix, self.ended_by = "running", "start", "", "", ""
@@ -147,6 +159,7 @@ class RunState:
         for series in (self.loss_steps, self.losses, self.grad_norms, self.learning_rates, self.step_tokens, self.step_seconds, self.step_waits):
             del series[keep:]
         self.evals = [entry for entry in self.evals if entry["step"] <= step]
+        self.samples = [entry for entry in self.samples if entry["step"] <= step]
         self.step = step
 
     def _on_phase(self, event: Event) -> None:
@@ -180,6 +193,19 @@ class RunState:
     def _on_sample(self, event: Event) -> None:
         self.samples.append({"step": _number(event.get("step")), "prompt": str(event.get("prompt", "")), "text": str(event.get("text", ""))})
 
+    def _on_learning_rate(self, event: Event) -> None:
+        change = {name: _number(event.get(name)) for name in ("step", "learning_rate", "was")}
+        self.rate_changes.append(change)
+        self._say(event, f"the learning rate peaks at {change['learning_rate']:.3g} from here on (it was {change['was']:.3g})")
+
+    def _on_retry(self, event: Event) -> None:
+        self.row_tokens = _number(event.get("row_tokens"))
+        self._say(event, f"memory ran out ({event.get('phase')}): at most {self.row_tokens:,.0f} tokens at once from here on, as many in an update")
+
+    def _on_changed(self, event: Event) -> None:
+        what = event.get("what")
+        self._say(event, "going on with what was changed: " + (", ".join(map(str, what)) if isinstance(what, (dict, list)) else ""))
+
     def _on_memory(self, event: Event) -> None:
         entry: dict[str, Any] = {"time": self.last_time, "step": float(self.step), **{name: _number(event.get(name)) for name in _MEMORY}}
         others = event.get("others")
@@ -196,7 +222,8 @@ class RunState:
         self._say(event, f"checkpoint at step {event.get('step')}")
 
     def _on_command(self, event: Event) -> None:
-        self._say(event, f"{event.get('name')}: {event.get('detail') or 'done'}")
+        word = "refused" if event.get("refused") is True else "done"
+        self._say(event, f"{event.get('name')}: {event.get('detail') or word}")
 
     def _on_warning(self, event: Event) -> None:
         self._say(event, str(event.get("message", "")))

@@ -7,7 +7,6 @@ that all memory comes back when it ends. ``sparklab.train(..., inline=True)`` ca
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
@@ -20,11 +19,10 @@ from typing import Any
 
 from sparklab.box import Box
 from sparklab.errors import DiskFull, RunError, SparklabError
-from sparklab.run import guard
-from sparklab.run.directory import RunDirectory
+from sparklab.run import guard, lock
+from sparklab.run.directory import DISK_FULL, RunDirectory
 from sparklab.run.events import EventWriter
 
-DISK_FULL = 28  # errno.ENOSPC
 FAILED = 2  # exit status of a run that ended with an error of ours
 CRASHED = 1
 
@@ -36,11 +34,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lock-fd", type=int, help="a file descriptor that holds the run's lock already")
     options = parser.parse_args(arguments)
     directory = RunDirectory(options.directory)
-    descriptor = options.lock_fd if options.lock_fd is not None else directory.lock()
+    if options.lock_fd is None:
+        descriptor = directory.lock()
+    else:
+        descriptor = options.lock_fd
+        lock.sign(descriptor)  # whoever started us held it until now
     try:
-        return advance(directory, detached=True)
+        with lock.beating(descriptor):
+            return advance(directory, detached=True)
     finally:
-        os.close(descriptor)
+        lock.release(descriptor)
 
 
 def advance(directory: RunDirectory, detached: bool = False) -> int:

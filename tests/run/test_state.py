@@ -12,7 +12,8 @@ import pytest
 
 import sparklab as sl
 from sparklab.errors import RunBusy, RunError, RunExists, RunNotFound
-from sparklab.run.directory import RunDirectory, write_json
+from sparklab.files import write_json
+from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventReader, EventWriter
 from sparklab.run.state import RunState
 
@@ -284,7 +285,9 @@ def test_commands_arrive_once_in_order_and_hostile_files_never(directory):
     (folder / "1-unknown.json").write_text(json.dumps({"command": "rm -rf"}))
     (folder / "2-link.json").symlink_to("/etc/passwd")
     (folder / "3-note.txt").write_text("not a command")
-    assert [name for name, _ in directory.take_commands()] == ids
+    taken = directory.take_commands()
+    assert [name for name, _ in taken] == ["0-bad", "1-unknown", *ids]
+    assert [content.get("command") for _, content in taken] == [None, "rm -rf", "pause", "resume", "stop"]  # whoever obeys refuses the first two
     assert directory.take_commands() == []
     with pytest.raises(RunError, match="there is no command 'explode'"):
         directory.send("explode")
