@@ -37,7 +37,7 @@ from sparklab.units import MIB
 COMMANDS = ("stop", "pause", "resume", "checkpoint", "evaluate", "sample", "learning_rate")
 
 NAMES: Final = (
-    "recipe.json", "plan.json", "environment.json", "events.jsonl", "commands", "checkpoints", "adapter", "model", "worker.lock", "worker.log",
+    "recipe.json", "plan.json", "environment.json", "events.jsonl", "commands", "checkpoints", "adapter", "model", "worker.lock", "worker.log", "guard.json",
 )  # fmt: skip
 """What a run keeps in its directory; none of them may be a link to somewhere else."""
 
