@@ -82,6 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "runs", "runs side by side: how they ended, in what they differ, which is best", _runs)
     verb.add_argument("places", nargs="*", help="run directories, or folders of runs (default: runs)")
 
+    _run_verbs(verbs)
+    return parser
+
+
+def _run_verbs(verbs: Any) -> None:
+    """The verbs on a run that is there already."""
     for name, text, action in (
         ("watch", "follow a run until it is over", _watch),
         ("stop", "finish the update, save a checkpoint, leave", _stop),
@@ -106,7 +112,6 @@ def build_parser() -> argparse.ArgumentParser:
             verb.add_argument("--n", type=int, help="how many held-out records are answered (default: all)")
         if name == "resume":
             verb.add_argument("--detach", action="store_true", help="return at once")
-    return parser
 
 
 def _verb(verbs: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
