@@ -8,7 +8,7 @@ from typing import Any, Final
 from sparklab.box import Box
 from sparklab.box.pool import Pool
 from sparklab.panels import facts, parts
-from sparklab.panels.parts import BAD, DIM, GOOD, LINE, LOSS, SEGMENTS, WARN, clean, escape, image, one_line, stack_svg
+from sparklab.panels.parts import BAD, DIM, FAINT, GOOD, LINE, LOSS, SEGMENTS, WARN, clean, escape, image, one_line, stack_svg
 from sparklab.units import format_bytes, gib, is_na
 
 TRAIL: Final = 120
@@ -79,14 +79,14 @@ def legend_html(segments: Sequence[dict[str, Any]]) -> str:
         else:
             style = f"background:{segment['colour']}" if segment["colour"] else f"box-shadow:inset 0 0 0 1.5px {LINE}"
         square = f'<span style="display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px;{style}"></span>'
-        name = f'<span dir="auto">{escape(segment["name"])}</span> <span style="color:{DIM}">{segment["text"]}</span>'
+        name = f'<span dir="auto">{escape(segment["name"])}</span> <span style="{FAINT}">{segment["text"]}</span>'
         entries.append(f'<span style="white-space:nowrap;margin-right:14px">{square}{name}</span> ')
     return f'<div style="font-size:12px;margin:8px 0 0 0">{"".join(entries)}</div>'
 
 
 def twin_html(seen: dict[str, Any], home: str, findings: str = "") -> str:
     """The panel without script and style sheet, as it stood at its last look; ``findings`` is HTML of ours to stand below."""
-    small = f"font-size:12px;color:{DIM}"
+    small = f"font-size:12px;{FAINT}"
     bar = ""
     if seen["segments"]:
         shapes = [(part["gib"], part["colour"] or "#80808022", part["hatched"]) for part in seen["segments"]]

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sparklab.panels.parts import BAD, DIM, GOOD, LINE, LOSS, clean, escape
+from sparklab.panels.parts import BAD, DIM, FAINT, GOOD, LINE, LOSS, clean, escape
 
 _COLUMNS = (("base", "Base", DIM, "del", BAD), ("tuned", "Tuned", LOSS, "ins", GOOD))
 LEAST_ALIKE: Final = 0.25
@@ -25,7 +25,7 @@ def comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
     The two answers stand beside each other where there is room and below each other where there is not.
     """
     if not rows:
-        return f'<div class="sparklab-compare" style="color:{DIM};font-size:13px">No prompts to compare.</div>'
+        return f'<div class="sparklab-compare" style="{FAINT};font-size:13px">No prompts to compare.</div>'
     blocks = "".join(_row_html(row, first=index == 0) for index, row in enumerate(rows))
     return (
         f'<div class="sparklab-compare" style="max-width:1080px;border:1px solid {LINE};border-radius:8px;padding:4px 16px;font-size:13px;line-height:1.5">'
@@ -60,10 +60,10 @@ def _row_html(row: Mapping[str, Any], *, first: bool) -> str:
     pieces = differences(*texts) if all(texts) else None
     answers = "".join(
         f'<div style="flex:1;min-width:220px;border-left:3px solid {colour};padding:0 0 0 10px">'
-        f'<div style="font-size:11px;color:{DIM}">{label}</div>{_answer(pieces[index] if pieces else [(texts[index], False)], tag, tint)}</div>'
+        f'<div style="font-size:11px;{FAINT}">{label}</div>{_answer(pieces[index] if pieces else [(texts[index], False)], tag, tint)}</div>'
         for index, (_, label, colour, tag, tint) in enumerate(_COLUMNS)
     )
-    same = f'<div style="font-size:11px;color:{DIM};margin:4px 0 0 0">The same answer.</div>' if texts[0] == texts[1] and texts[0] else ""
+    same = f'<div style="font-size:11px;{FAINT};margin:4px 0 0 0">The same answer.</div>' if texts[0] == texts[1] and texts[0] else ""
     return (
         f'<div style="{border}padding:12px 0"><div dir="auto" style="font-weight:bold;white-space:pre-wrap">{escape(row.get("prompt", ""))}</div>'
         f'<div style="display:flex;flex-wrap:wrap;gap:10px 20px;margin:8px 0 0 0">{answers}</div>{same}</div>'
@@ -73,7 +73,7 @@ def _row_html(row: Mapping[str, Any], *, first: bool) -> str:
 def _answer(pieces: Sequence[tuple[str, bool]], tag: str, tint: str) -> str:
     """One answer; what the other lacks is underlined in its colour, which reads in light and dark and without colour too."""
     if not any(text.strip() for text, _ in pieces):
-        return f'<div style="color:{DIM}">(no answer)</div>'
+        return f'<div style="{FAINT}">(no answer)</div>'
     mark = f'<{tag} style="text-decoration:none;border-bottom:2px solid {tint}">'
     body = "".join(f"{mark}{escape(text)}</{tag}>" if other and text.strip() else escape(text) for text, other in pieces)
     return f'<div dir="auto" style="white-space:pre-wrap">{body}</div>'

@@ -25,6 +25,8 @@ GOOD: Final = "#2b9a66"
 WARN: Final = "#b8860b"
 BAD: Final = "#e5484d"
 DIM: Final = "#787878"
+FAINT: Final = "opacity:.72"
+"""How lesser words look: the page's own colour, thinned. No one grey keeps 4.5:1 (WCAG 2.2, 1.4.3) on white and on JupyterLab's dark alike."""
 LINE: Final = "rgba(128,128,128,.28)"
 SEGMENTS: Final = ("#3b82f6", "#12a594", "#8e6ad8", "#d9730d", "#d6568c", "#7c9a2b", "#8a8f98")
 """Components of a stacked bar, in order; the last is for whatever nobody itemised."""
@@ -242,7 +244,7 @@ def chart_html(chart: Chart, alt: str, height_px: int, x_labels: tuple[str, str]
     """The chart with its words around it: ticks to the left, the ends of the step axis below."""
     step = chart.y_ticks[1] - chart.y_ticks[0] if len(chart.y_ticks) > 1 else 1.0
     labels = "".join(f'<div style="line-height:12px">{tick_label(tick, step)}</div>' for tick in reversed(chart.y_ticks))
-    small = f"font-size:11px;color:{DIM};font-variant-numeric:tabular-nums"
+    small = f"font-size:11px;{FAINT};font-variant-numeric:tabular-nums"
     column = f"display:flex;flex-direction:column;justify-content:space-between;text-align:right;width:44px;margin:-6px 8px -6px 0;{small}"
     return (
         f'<div style="display:flex"><div style="{column}">{labels}</div>'

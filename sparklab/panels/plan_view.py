@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
-from sparklab.panels.parts import BAD, DIM, LINE, clean, escape, one_line, swatch
+from sparklab.panels.parts import BAD, FAINT, LINE, clean, escape, one_line, swatch
 from sparklab.planner import Plan, render
 from sparklab.planner.recipe import Method
 from sparklab.planner.search import checkpoint_setting
@@ -124,15 +124,14 @@ def twin_html(settings: Settings, choice: Choice, home: str) -> str:
     plans = settings.plans(choice)
     seen, (name, about) = _view(settings, choice, plans), title(settings)
     whole = render.scale(plans.values())
-    small = f"font-size:12px;color:{DIM}"
+    small = f"font-size:12px;{FAINT}"
     bars = "".join(
         f'<div style="margin:8px 0 0 0"><div><b>{row["method"]}</b> <span style="{small}">{escape(row["peak"])}, {escape(row["verdict"])}</span></div>'
         f"{render.bar(plans[row['method']], whole)}</div>"
         for row in seen["methods"]
     )
     keys = "".join(
-        f'<span style="white-space:nowrap;margin-right:14px">{swatch(part["colour"])}{escape(part["name"])} '
-        f'<span style="color:{DIM}">{part["text"]}</span></span> '
+        f'<span style="white-space:nowrap;margin-right:14px">{swatch(part["colour"])}{escape(part["name"])} <span style="{FAINT}">{part["text"]}</span></span> '
         for row in seen["methods"]
         if row["method"] == choice.method
         for part in row["segments"]

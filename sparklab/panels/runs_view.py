@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sparklab.errors import SparklabError
 from sparklab.panels import facts, parts
-from sparklab.panels.parts import DIM, LINE, SEGMENTS, Chart, Curve, Dots, chart_html, escape, one_line, swatch
+from sparklab.panels.parts import FAINT, LINE, SEGMENTS, Chart, Curve, Dots, chart_html, escape, one_line, swatch
 from sparklab.planner.recipe import Recipe
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
@@ -154,7 +154,7 @@ def _about(entries: Sequence[Entry]) -> str:
 
 def twin_html(entries: Sequence[Entry], home: str = "") -> str:
     """Table and overlaid curves without script and style sheet; everything in it is escaped."""
-    small = f"font-size:12px;color:{DIM}"
+    small = f"font-size:12px;{FAINT}"
     frame = f"max-width:1080px;border:1px solid {LINE};border-radius:8px;padding:14px 16px;font-size:13px;line-height:1.45"
     if not entries:
         return (
@@ -178,7 +178,7 @@ def _curves_html(entries: Sequence[Entry], tokens: bool) -> str:
         shown += [value for value in (*ys, *(y for _, y in evals)) if math.isfinite(value)]
         end = max(end, *(xs[-1:] or [1.0]))
     if not shown:
-        return f'<div style="font-size:12px;color:{DIM};margin:8px 0">No step was made yet.</div>'
+        return f'<div style="font-size:12px;{FAINT};margin:8px 0">No step was made yet.</div>'
     chart = Chart(x_range=(0.0, end), y_ticks=parts.ticks(min(shown), max(shown)), curves=tuple(curves), dots=tuple(dots))
     losses = "; ".join(f"{entry.name}: {facts.figures(entry.state)['held_out']} held out" for entry in entries)
     labels = ("0 tokens", f"{format_count(end)} tokens") if tokens else ("step 0", f"step {end:,.0f}")
@@ -188,20 +188,18 @@ def _curves_html(entries: Sequence[Entry], tokens: bool) -> str:
 def _table_html(seen: dict[str, Any]) -> str:
     cell = "padding:4px 14px 4px 0;border:0;background:none;vertical-align:baseline"
     right = f"{cell};text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums"
-    heads = "".join(f'<th style="{right};font-weight:normal;color:{DIM}">{escape(heading)}</th>' for heading in seen["headings"])
+    heads = "".join(f'<th style="{right};font-weight:normal;{FAINT}">{escape(heading)}</th>' for heading in seen["headings"])
     rows = ""
     for row in seen["rows"]:
         square = swatch(row["colour"]) if row["colour"] else ""
         words = " · ".join(escape(text) for text in (row["about"], row["step"], *row["settings"]) if text)
-        name = (
-            f'<div>{square}<b dir="auto">{escape(row["name"])}</b> <span style="color:{_TONES[row["tone"]]}">● {escape(row["word"])}</span></div>'
-            f'<div style="font-size:12px;color:{DIM}">{words}</div>'
-        )
+        dot = f'<span style="color:{_TONES[row["tone"]]}" aria-hidden="true">●</span>'
+        name = f'<div>{square}<b dir="auto">{escape(row["name"])}</b> {dot} {escape(row["word"])}</div><div style="font-size:12px;{FAINT}">{words}</div>'
         cells = "".join(
             f'<td style="{right}">{f"<b>{escape(text)}</b>" if row["best"] and index == 0 else escape(text)}</td>' for index, text in enumerate(row["cells"])
         )
         rows += f'<tr style="background:none"><td style="{cell};text-align:left;min-width:200px">{name}</td>{cells}</tr>'
-    head = f'<tr style="background:none"><th style="{cell};text-align:left;font-weight:normal;color:{DIM}">run</th>{heads}</tr>'
+    head = f'<tr style="background:none"><th style="{cell};text-align:left;font-weight:normal;{FAINT}">run</th>{heads}</tr>'
     style = "border-collapse:collapse;border:0;width:100%;table-layout:auto;font-size:13px"
     return f'<div style="overflow-x:auto;margin:12px 0 0 0"><table style="{style}">{head}{rows}</table></div>'
 
