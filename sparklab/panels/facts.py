@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparklab.errors import SparklabError
-from sparklab.panels.parts import SEGMENTS, clean, one_line, smoothing
+from sparklab.panels.parts import clean, one_line, window
+from sparklab.panels.series import Series
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
-from sparklab.units import NA, format_seconds, gib, is_na
+from sparklab.units import NA, format_seconds, is_na
 
 _PHASES = {
     "start": "Starting",
@@ -28,14 +29,33 @@ _PHASES = {
 _STATUSES = {"starting": "Starting", "paused": "Paused", "stopped": "Stopped", "failed": "Failed", "finished": "Finished", "lost": "Lost"}
 _TONES = {"starting": "run", "running": "run", "paused": "warn", "stopped": "warn", "failed": "bad", "lost": "bad", "finished": "good"}
 
-NEWEST_SAMPLES = 12
+NEWEST_PROMPTS = 6
+NEWEST_ANSWERS = 6
+LOOKED_THROUGH = 200  # samples
 NEWEST_NOTES = 40
+MOST_EVALS = 400  # points of a chart
 DASH = "\u2013"  # what stands where nothing is known yet
 
 
 def figure(value: float, show: Callable[[float], str]) -> str:
     """``show(value)``, or a dash where the value is unknown."""
     return DASH if is_na(value) or math.isinf(value) else show(value)
+
+
+def clip_norm(directory: RunDirectory) -> float:
+    """The recipe's clip line; NA where the recipe cannot be read."""
+    try:
+        return directory.recipe.clip_norm
+    except (SparklabError, TypeError, ValueError):
+        return NA
+
+
+def has_prompts(directory: RunDirectory) -> bool:
+    """Whether the recipe says what to sample."""
+    try:
+        return bool(directory.recipe.sample_prompts)
+    except (SparklabError, TypeError, ValueError):
+        return False
 
 
 def title(directory: RunDirectory) -> tuple[str, str]:
@@ -48,8 +68,15 @@ def title(directory: RunDirectory) -> tuple[str, str]:
     return name, f"{one_line(recipe.model.rstrip('/').rsplit('/', 1)[-1], 60)} · {recipe.method}"
 
 
+def by_guard(state: RunState) -> bool:
+    """Whether the memory guard ended the run."""
+    return state.is_over and getattr(state, "ended_by", "") == "guard"
+
+
 def word(state: RunState) -> str:
     """What the run is doing, in a word or three."""
+    if by_guard(state):
+        return "Stopped by the memory guard"
     if state.status == "running":
         return _PHASES.get(state.phase) or one_line(state.phase, 30).capitalize() or "Training"
     return _STATUSES.get(state.status, "Running")
@@ -64,7 +91,7 @@ def head(state: RunState) -> dict[str, Any]:
     return {
         "status": state.status,
         "word": word(state),
-        "tone": _TONES.get(state.status, "run"),
+        "tone": "bad" if by_guard(state) else _TONES.get(state.status, "run"),
         "over": state.is_over,
         "step": clean(step, 60),
         "share": 1.0 if state.status == "finished" else share,
@@ -79,7 +106,8 @@ def head(state: RunState) -> dict[str, Any]:
 
 def _times(state: RunState, step: str, spent: float, left: float) -> str:
     """Step, epoch, time spent and time left in one line; what is not known yet is left out."""
-    known = [step]
+    known = [one_line(state.detail, 80)] if state.detail and not state.is_over else []
+    known.append(step)
     if state.loss_steps and not is_na(state.epoch):
         known.append(f"epoch {state.epoch:.2f}")
     if not is_na(spent):
@@ -89,21 +117,76 @@ def _times(state: RunState, step: str, spent: float, left: float) -> str:
     return " · ".join(known)
 
 
-def figures(state: RunState) -> dict[str, str]:
-    """The single numbers beside the curves."""
+def figures(state: RunState, plan: dict[str, Any] | None = None, clip: float = NA, series: Series | None = None) -> dict[str, str]:
+    """The single numbers beside the curves, and the words under them. ``clip``: the longest gradient that is let through."""
+    plan = plan or {}
     return {
         "loss": "NaN" if state.losses and is_na(state.losses[-1]) else figure(_last(state.losses), lambda value: f"{value:.3f}"),
         "held_out": figure(state.evals[-1]["loss"] if state.evals else NA, lambda value: f"{value:.3f}"),
         "tokens_per_second": figure(state.tokens_per_second, lambda value: f"{value:,.0f}"),
-        "learning_rate": figure(_last(state.learning_rates), _scientific),
+        "speed_note": _speed_note(state, plan),
+        "learning_rate": figure(_last(state.learning_rates), scientific),
+        "rate_note": f"peak {figure(series.peak_rate, scientific)}" if series and series.updates else "",
         "grad_norm": figure(_last(state.grad_norms), lambda value: f"{value:.3g}"),
+        "norm_note": _norm_note(state, clip),
+        "energy": figure(state.joules / 3600, _watt_hours),
+        "energy_note": _energy_note(state, plan),
         "exact_match": exact_match(state),
+        "exact_match_count": exact_match_count(state),
     }
 
 
-def peak_rate(state: RunState) -> str:
-    """The highest learning rate: what is left to say of it when the schedule has ended at zero."""
-    return figure(max((rate for rate in state.learning_rates if not is_na(rate)), default=NA), _scientific)
+def waiting_share(state: RunState) -> float:
+    """Share of the last fifty updates' time that was spent waiting for data; NA where nobody said."""
+    known = [(wait, seconds) for wait, seconds in zip(state.step_waits[-50:], state.step_seconds[-50:], strict=True) if wait >= 0 and seconds > 0]
+    return sum(wait for wait, _ in known) / sum(seconds for _, seconds in known) if known else NA
+
+
+def roofline_share(state: RunState, plan: dict[str, Any]) -> float:
+    """Speed as a share of what the plan's roofline allows; above 1 somebody has counted wrongly. NA where no plan says."""
+    bounds = plan.get("tokens_per_second")
+    bound = bounds[1] if isinstance(bounds, list) and len(bounds) == 2 else None
+    return state.tokens_per_second / bound if isinstance(bound, (int, float)) and bound > 0 else NA
+
+
+def _speed_note(state: RunState, plan: dict[str, Any]) -> str:
+    """Non-pad, the share of the roofline, the share of the time spent waiting for data."""
+    if not state.loss_steps:
+        return "not counting padding"
+    roofline, waiting = roofline_share(state, plan), waiting_share(state)
+    notes = []
+    if not is_na(roofline):
+        notes.append(f"{_percent(roofline)} of roofline" if roofline <= 1 else "above the roofline: a counting error")
+    if not is_na(waiting):
+        notes.append(f"{_percent(waiting)} data wait")
+    return ", ".join(notes) or "not counting padding"
+
+
+def _norm_note(state: RunState, clip: float) -> str:
+    """The clip line, and how many of the last updates reached it."""
+    if is_na(clip):
+        return "before clipping"
+    recent = [norm for norm in state.grad_norms[-200:] if not is_na(norm)]
+    return f"clipped at {clip:g}" + (f", {_percent(sum(norm > clip for norm in recent) / len(recent))} of updates" if recent else "")
+
+
+def _energy_note(state: RunState, plan: dict[str, Any]) -> str:
+    """Joules a token; where the box does not tell its draw, what the plan expects."""
+    if not is_na(state.joules):
+        each = f"{state.joules / state.tokens:.2g} J a token, " if state.tokens > 0 else ""
+        return each + ("GPU only" if state.device.startswith("cuda") else "processor only")
+    planned = plan.get("wh")
+    if isinstance(planned, list) and len(planned) == 2 and all(isinstance(value, (int, float)) for value in planned):
+        return f"not told here; planned {_watt_hours(planned[0])} to {_watt_hours(planned[1])}"
+    return "this box does not tell"
+
+
+def _watt_hours(value: float) -> str:
+    return f"{value / 1000:.2f} kWh" if value >= 1000 else f"{value:,.0f} Wh" if value >= 100 else f"{value:.3g} Wh"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.0995 or share == 0 else "< 0.1 %" if share < 0.001 else f"{100 * share:.1f} %"
 
 
 def exact_match(state: RunState) -> str:
@@ -122,57 +205,22 @@ def exact_match_count(state: RunState) -> str:
 def curve(state: RunState) -> dict[str, Any]:
     """What the loss chart needs beside the points themselves."""
     best = state.best_eval
+    evals = [[entry["step"], entry["loss"]] for entry in state.evals if not is_na(entry["loss"]) and not is_na(entry["step"])]
+    stride = -(-len(evals) // MOST_EVALS)
     return {
-        "evals": [[entry["step"], entry["loss"]] for entry in state.evals if not is_na(entry["loss"]) and not is_na(entry["step"])],
+        "evals": evals[:: max(1, stride)] + (evals[-1:] if stride > 1 else []),
         "best": [best["step"], best["loss"]] if best and not is_na(best["step"]) else None,
         "steps": max(state.steps, 0),
-        "beta": smoothing(state.steps),
+        "window": window(state.steps or len(state.losses)),
     }
 
 
-def broken(state: RunState) -> str:
-    """How many losses were not a number, and where it began; "" where all were."""
-    steps = [step for step, loss in zip(state.loss_steps, state.losses, strict=True) if is_na(loss)]
-    return f"{len(steps)} NaN, first at step {steps[0]:,}" if steps else ""
-
-
-def memory(state: RunState, plan: dict[str, Any]) -> dict[str, Any]:
-    """The planned peak by component, what was measured, and the line it must stay under; None for what nobody said."""
-    segments = _segments(plan)
-    planned, usable = _gib(plan.get("peak_gib")), _gib(plan.get("usable_gib"))
-    now = gib(state.memory[-1]["process_bytes"]) if state.memory else NA
-    peak = gib(state.peak_bytes)
-    if is_na(peak) and state.memory:
-        peak = now
-    planned = sum(segment["gib"] for segment in segments) if is_na(planned) else planned
-    tallest = max([value for value in (planned, peak, now) if not is_na(value)], default=0.0)
-    # A line far beyond everything would squeeze the components to a sliver: it is then said in words, at the edge.
-    near = not is_na(usable) and 0 < usable <= 4 * tallest
-    return {
-        "segments": segments,
-        "planned": _or_none(planned if segments or planned else NA),
-        "now": _or_none(now),
-        "peak": _or_none(peak),
-        "usable": _or_none(usable),
-        "line": usable if near else None,
-        "scale": max(tallest, usable if near else 0.0, 1e-9) * 1.06,
-        "phase": one_line(plan.get("peak_phase") or "", 40),
-    }
-
-
-def memory_figures(view: dict[str, Any]) -> str:
-    """The figures beside the memory bar; an arrow where the usable line lies beyond the scale."""
-    named = (("planned peak", "planned"), ("measured peak", "peak"), ("now", "now"), ("usable", "usable"))
-    known = [f"{name} {size(view[key])}" for name, key in named if view[key] is not None]
-    beyond = " →" if view["line"] is None and view["usable"] is not None else ""
-    return " · ".join(known) + beyond if known else "no plan, nothing measured yet"
-
-
-def memory_words(view: dict[str, Any]) -> str:
-    """The memory bar in one sentence, for those who cannot see it."""
-    parts = [f"{segment['name']} {size(segment['gib'])}" for segment in view["segments"]]
-    planned = f"Planned peak {size(view['planned'])}" + (f" ({', '.join(parts)})" if parts else "")
-    return f"{planned}; measured peak {size(view['peak'])}; usable {size(view['usable'])}."
+def badge(series: Series) -> str:
+    """What is wrong with the losses: how many are not a number and where it began, and spikes; "" where nothing is."""
+    found = [f"{series.broken:,} NaN, first at step {series.first_broken:,}"] if series.broken else []
+    if series.spikes:
+        found.append(f"{series.spikes:,} spike{'s' if series.spikes > 1 else ''}, last at step {series.last_spike:,}")
+    return "; ".join(found)
 
 
 def size(value_gib: float | None) -> str:
@@ -184,58 +232,47 @@ def size(value_gib: float | None) -> str:
     return f"{value_gib:.2f} GiB" if value_gib < 10 else f"{value_gib:.1f} GiB" if value_gib < 100 else f"{value_gib:,.0f} GiB"
 
 
-def samples(state: RunState, newest: int = NEWEST_SAMPLES) -> list[dict[str, str]]:
-    """The latest answers, newest first."""
-    return [
-        {"step": figure(entry["step"], lambda value: f"step {value:,.0f}"), "prompt": clean(entry["prompt"], 600), "text": clean(entry["text"], 3000)}
-        for entry in reversed(state.samples[-newest:])
-    ]
+def samples(state: RunState) -> dict[str, Any]:
+    """The latest answers by prompt, newest first: what the same question was answered as the model changed.
+
+    ``groups`` of ``{"prompt", "answers": [{"step", "text"}, ...]}``, how many there are in all, and the latest in one line.
+    """
+    groups: dict[str, list[dict[str, str]]] = {}
+    for entry in reversed(state.samples[-LOOKED_THROUGH:]):
+        answers = groups.get(entry["prompt"])
+        if answers is None:
+            if len(groups) == NEWEST_PROMPTS:
+                continue
+            answers = groups[entry["prompt"]] = []
+        if len(answers) < NEWEST_ANSWERS:
+            answers.append({"step": figure(entry["step"], lambda value: f"step {value:,.0f}"), "text": clean(entry["text"], 3000)})
+    latest = state.samples[-1] if state.samples else None
+    return {
+        "groups": [{"prompt": clean(prompt, 600), "answers": answers} for prompt, answers in groups.items()],
+        "count": len(state.samples),
+        "latest": one_line(latest["text"], 160) if latest else "",
+    }
 
 
 def notes(state: RunState, newest: int = NEWEST_NOTES) -> list[dict[str, str]]:
     """The latest messages, newest first, each with the clock time it came at."""
     tones = {"warning": "warn", "failed": "bad", "finished": "good", "stopped": "warn"}
     return [
-        {"time": _clock(entry["time"]), "tone": tones.get(entry["event"], ""), "text": clean(entry["text"], 600)}
+        {"time": _clock(entry["time"]), "tone": "bad" if entry.get("kind") == "guard" else tones.get(entry["event"], ""), "text": clean(entry["text"], 600)}
         for entry in reversed(state.messages[-newest:])
     ]
 
 
-def _segments(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """The plan's lines of the peak phase, largest six, the rest summed; the sum closes on the planned peak."""
-    lines = plan.get("lines")
-    found = [
-        (one_line(line.get("name", "?"), 60), _gib(line.get("gib")), one_line(line.get("formula") or "", 200))
-        for line in (lines if isinstance(lines, list) else [])
-        if isinstance(line, dict) and line.get("phase") == plan.get("peak_phase")
-    ]
-    found = sorted((line for line in found if line[1] > 0), key=lambda line: -line[1])
-    planned = _gib(plan.get("peak_gib"))
-    total = sum(line[1] for line in found)
-    kept, rest = found[: len(SEGMENTS) - 1], sum(line[1] for line in found[len(SEGMENTS) - 1 :])
-    if not is_na(planned) and planned > total:
-        rest += planned - total
-    segments = [{"name": name, "gib": amount, "formula": formula, "colour": SEGMENTS[index]} for index, (name, amount, formula) in enumerate(kept)]
-    if rest > 0.005 * max(total, rest):
-        segments.append({"name": "everything else", "gib": rest, "formula": "", "colour": SEGMENTS[-1]})
-    return segments
-
-
-def _gib(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return NA
-    return float(value) if math.isfinite(value) and 0 <= value < 1e9 else NA
-
-
-def _or_none(value: float) -> float | None:
-    return None if is_na(value) else value
+def seen_last(entries: Sequence[Any]) -> tuple[int, int]:
+    """What tells a list that only grows from what it was."""
+    return len(entries), id(entries[-1]) if entries else 0
 
 
 def _last(values: Sequence[float]) -> float:
     return values[-1] if values else NA
 
 
-def _scientific(value: float) -> str:
+def scientific(value: float) -> str:
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa}e{int(exponent)}" if value else "0"
 

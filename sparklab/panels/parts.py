@@ -12,7 +12,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from sparklab.text import clean, one_line
 
@@ -28,6 +28,8 @@ DIM: Final = "#787878"
 FAINT: Final = "opacity:.72"
 """How lesser words look: the page's own colour, thinned. No one grey keeps 4.5:1 (WCAG 2.2, 1.4.3) on white and on JupyterLab's dark alike."""
 LINE: Final = "rgba(128,128,128,.28)"
+SMALL: Final = f"font-size:12px;{FAINT}"
+NUMBERS: Final = "font-variant-numeric:tabular-nums"
 SEGMENTS: Final = ("#3b82f6", "#12a594", "#8e6ad8", "#d9730d", "#d6568c", "#7c9a2b", "#8a8f98")
 """Components of a stacked bar, in order; the last is for whatever nobody itemised."""
 
@@ -49,10 +51,20 @@ def image(svg: str, alt: str, height_px: int) -> str:
     return f'<img alt="{escape(alt)}" style="display:block;width:100%;height:{height_px}px" height="{height_px}" src="data:image/svg+xml;base64,{data}">'
 
 
-def swatch(colour: str, *, hollow: bool = False) -> str:
+def faint(text: object) -> str:
+    """Words of less weight, escaped."""
+    return f'<span style="{FAINT}">{escape(text)}</span>'
+
+
+def dot(colour: str) -> str:
+    """A dot of colour before words in the page's own: coloured words would not read on white and on black."""
+    return f'<span style="color:{colour}">●</span> '
+
+
+def swatch(colour: str, *, hatched: bool = False) -> str:
     """A small square of colour for a legend."""
-    fill = f"border:1.5px solid {colour};width:7px;height:7px" if hollow else f"background:{colour};width:10px;height:10px"
-    return f'<span style="display:inline-block;{fill};border-radius:2px;margin-right:6px"></span>'
+    fill = f"repeating-linear-gradient(115deg,{colour} 0 1.5px,transparent 1.5px 4px)" if hatched else colour
+    return f'<span style="display:inline-block;background:{fill};width:10px;height:10px;border-radius:2px;margin-right:6px"></span>'
 
 
 def smooth(values: Sequence[float], beta: float) -> list[float]:
@@ -89,9 +101,19 @@ def _moments(values: Sequence[float], beta: float) -> list[tuple[float, float, f
     return sums
 
 
+def window(steps: int) -> float:
+    """Over how many updates the bold curve looks to each side: about a fortieth of the run, from 4 to 60, a four-hundredth of a long one."""
+    return max(steps / 400, min(60.0, max(4.0, steps / 40)))
+
+
 def smoothing(steps: int) -> float:
-    """How much the bold curve remembers: about a fortieth of the run, from 4 to 60 updates."""
-    return 1 - 1 / min(60.0, max(4.0, steps / 40))
+    """What :func:`smooth` takes for a run of so many steps."""
+    return beta_of(window(steps))
+
+
+def beta_of(window_updates: float, stride: int = 1) -> float:
+    """What :func:`smooth` takes for a window of so many updates over values that stand for ``stride`` updates each."""
+    return 1 - 1 / max(1.0, window_updates / stride)
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -207,44 +229,62 @@ def _stroke(path: str, colour: str, width: float, opacity: float) -> str:
     )
 
 
-def bar_svg(segments: Iterable[tuple[float, str]], measured: float, scale: float, line: float | None, heights: tuple[int, int] = (560, 240)) -> str:
-    """A stacked bar of (width, colour) above a thin bar of what was measured, and a vertical line; all on the same scale."""
-    shapes, left = [], 0.0
-    for width, colour in segments:
-        shapes.append(f'<rect x="{1000 * left / scale:.2f}" y="0" width="{1000 * width / scale:.2f}" height="{heights[0]}" fill="{colour}"/>')
-        left += width
-    shapes.append(f'<rect y="{1000 - heights[1]}" width="1000" height="{heights[1]}" fill="#808080" fill-opacity=".14"/>')
-    if math.isfinite(measured):
-        shapes.append(f'<rect y="{1000 - heights[1]}" width="{1000 * measured / scale:.2f}" height="{heights[1]}" fill="#787878"/>')
-    if line is not None:
-        shapes.append(_stroke(f"M{1000 * line / scale:.2f} 0V1000", BAD, 2, 1))
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 1000" preserveAspectRatio="none">{"".join(shapes)}</svg>'
+_HATCH = "".join(f"M{x} 1000L{x + 9} 0" for x in range(0, 1000, 9))
 
 
 def stack_svg(segments: Iterable[tuple[float, str, bool]], scale: float, line: float | None = None) -> str:
-    """One stacked bar of (width, colour, hatched) on ``scale``, with a vertical line. Hatched is what is there but can be had back."""
-    shapes, left = [], 0.0
-    hatches: dict[str, str] = {}
-    for width, colour, hatched in segments:
+    """A stacked bar of (width, colour, hatched) on a track of ``scale``, and a vertical line. Hatched is what can be had back."""
+    shapes, left = ['<rect width="1000" height="1000" fill="#808080" fill-opacity=".14"/>'], 0.0
+    for index, (width, colour, hatched) in enumerate(segments):
+        place = f'x="{1000 * left / scale:.2f}" width="{1000 * width / scale:.2f}" height="1000"'
         if hatched:
-            hatches[colour] = name = f"h{len(hatches)}"
-        fill = f"url(#{name})" if hatched else colour
-        shapes.append(f'<rect x="{1000 * left / scale:.2f}" width="{1000 * width / scale:.2f}" height="1000" fill="{fill}"/>')
+            shapes.append(f'<clipPath id="c{index}"><rect {place}/></clipPath><g clip-path="url(#c{index})">{_stroke(_HATCH, colour, 1.5, 0.8)}</g>')
+        else:
+            shapes.append(f'<rect {place} fill="{colour}"/>')
         left += width
-    patterns = "".join(  # the box is stretched to a strip: a stroke over its whole height becomes a slant
-        f'<pattern id="{name}" width="9" height="1000" patternUnits="userSpaceOnUse"><rect width="9" height="1000" fill="{colour}" fill-opacity=".22"/>'
-        f'<path d="M0 1000L9 0" stroke="{colour}" stroke-width="1.5" vector-effect="non-scaling-stroke"/></pattern>'
-        for colour, name in hatches.items()
+    if line is not None:
+        shapes += [_stroke(f"M{1000 * line / scale:.2f} 0V1000", "#fff", 5, 1), _stroke(f"M{1000 * line / scale:.2f} 0V1000", BAD, 3, 1)]
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 1000" preserveAspectRatio="none">{"".join(shapes)}</svg>'
+
+
+def frame(body: str, home: str = "") -> str:
+    """The border round a whole twin; ``home`` is the class by which a live panel finds its place."""
+    return (
+        f'<div class="{escape(f"sparklab-twin {home}".strip())}"><div style="max-width:1080px;border:1px solid {LINE};border-radius:8px;padding:14px 16px;'
+        f'font-size:13px;line-height:1.45">{body}</div></div>'
     )
-    shapes += [_stroke(f"M{1000 * line / scale:.2f} 0V1000", BAD, 2, 1)] if line is not None else []
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 1000" preserveAspectRatio="none"><defs>{patterns}</defs>{"".join(shapes)}</svg>'
+
+
+def section(name: str, aside: str, body: str) -> str:
+    """A part of a twin under its name; ``aside`` and ``body`` are HTML."""
+    return (
+        '<div style="margin:14px 0 0 0"><div style="display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 14px;margin:0 0 8px 0">'
+        f'<b>{escape(name)}</b> <span style="font-size:12px;{NUMBERS}">{aside}</span></div>{body}</div>'
+    )
+
+
+def fold(name: str, aside: str, body: str, *, is_open: bool = False) -> str:
+    """A part of a twin that opens on demand."""
+    return (
+        f'<details{" open" if is_open else ""} style="margin:12px 0 0 0;padding:10px 0 0 0;border-top:1px solid {LINE}">'
+        f'<summary style="cursor:pointer"><b>{escape(name)}</b> <span style="{SMALL}">{aside}</span></summary>{body}</details>'
+    )
+
+
+def legend(segments: Iterable[dict[str, Any]]) -> str:
+    """The name and text of each segment beside its colour, hatched where it is; escaped."""
+    shown = "".join(
+        f'<span style="white-space:nowrap">{swatch(segment["colour"], hatched=segment.get("hatched", False))}{escape(segment["name"])} {faint(segment["text"])}</span> '
+        for segment in segments
+    )
+    return f'<div style="display:flex;flex-wrap:wrap;gap:3px 16px;font-size:12px;margin:8px 0 0 0">{shown}</div>'
 
 
 def chart_html(chart: Chart, alt: str, height_px: int, x_labels: tuple[str, str]) -> str:
     """The chart with its words around it: ticks to the left, the ends of the step axis below."""
     step = chart.y_ticks[1] - chart.y_ticks[0] if len(chart.y_ticks) > 1 else 1.0
     labels = "".join(f'<div style="line-height:12px">{tick_label(tick, step)}</div>' for tick in reversed(chart.y_ticks))
-    small = f"font-size:11px;{FAINT};font-variant-numeric:tabular-nums"
+    small = f"font-size:11px;{FAINT};{NUMBERS}"
     column = f"display:flex;flex-direction:column;justify-content:space-between;text-align:right;width:44px;margin:-6px 8px -6px 0;{small}"
     return (
         f'<div style="display:flex"><div style="{column}">{labels}</div>'

@@ -6,12 +6,30 @@ Where a kernel stands behind the notebook, a widget without a view of its own fi
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 import uuid
 from typing import Any, Final
 
-from sparklab.panels.run_panel import in_kernel
+
+def in_kernel() -> bool:
+    """True where this code runs in a Jupyter kernel; never imports IPython where nobody else did."""
+    return getattr(_shell(), "kernel", None) is not None
+
+
+def shows_widgets_apart() -> bool:
+    """True where a page puts every output in a frame of its own, so that no widget finds its twin: VS Code and Colab."""
+    if "google.colab" in sys.modules:
+        return True
+    in_vscode = "__vsc_ipynb_file__" in getattr(_shell(), "user_ns", {})
+    return in_vscode or ("VSCODE_PID" in os.environ and "JPY_SESSION_NAME" not in os.environ)
+
+
+def _shell() -> Any:
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython is not None else None
 
 LOOKING_SECONDS: Final = 12.0
 """How long a page that said it looks is believed; it says so every five seconds, and a browser slows the clocks of a page in the background."""

@@ -1,13 +1,19 @@
-"""The live run panel in a notebook: a widget fed from the run directory, replaced by its static twin when the run is over."""
+"""The live run panel in a notebook: it stands where its static twin stands, is fed from the run directory, and leaves the twin when the run is over.
+
+The twin in the output is brought up to date as the run goes on, so that a reload without a kernel, a stranger's view or a crash shows how far it
+was. Front ends that cannot put a panel in its twin's place (VS Code, Colab) show the widget itself, and get the twin at the end.
+"""
 
 from __future__ import annotations
 
-import sys
 import threading
+import time
+import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from sparklab.errors import SparklabError
 from sparklab.panels import facts, terminal, twin
+from sparklab.panels.resident import Resident, in_kernel, shows_widgets_apart
 from sparklab.panels.watch import Watch
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
@@ -19,8 +25,21 @@ BUSY_SECONDS: Final = 0.2
 """Between two looks while events come: as fast as an eye wants, far below what a kernel feels."""
 IDLE_SECONDS: Final = 1.0
 """Between two looks while nothing comes; the clock still ticks."""
+UNSEEN_SECONDS: Final = 5.0
+"""Between two looks while no page shows the panel."""
+KEEP_SECONDS: Final = 20.0
+"""Between two pictures of a run that goes on."""
+SHARE: Final = 0.008
+"""Of a core, at most, for looking on: whoever is slow looks less often."""
 
-ASKED: Final = {"stop": "Stopping…", "pause": "Pausing…", "resume": "Resuming…", "checkpoint": "Saving a checkpoint…", "sample": "Sampling…"}
+ASKED: Final = {
+    "stop": "Stopping…",
+    "pause": "Pausing…",
+    "resume": "Resuming…",
+    "checkpoint": "Saving a checkpoint…",
+    "sample": "Sampling…",
+    "evaluate": "Evaluating…",
+}
 
 
 def show(directory: RunDirectory, *, starting: bool = False) -> LivePanel | None:
@@ -39,13 +58,6 @@ def show(directory: RunDirectory, *, starting: bool = False) -> LivePanel | None
     return panel
 
 
-def in_kernel() -> bool:
-    """True where this code runs in a Jupyter kernel; never imports IPython where nobody else did."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return getattr(shell, "kernel", None) is not None
-
-
 class Requests:
     """The buttons pressed and not yet answered by the worker."""
 
@@ -58,12 +70,12 @@ class Requests:
     def waiting(self) -> list[str]:
         return list(self._waiting)
 
-    def ask(self, command: str, state: RunState) -> None:
+    def ask(self, command: str, state: RunState, details: dict[str, Any] | None = None) -> None:
         """Leaves the command for the worker; what could not be left is said."""
         if command not in ASKED:
             return
         try:
-            self._directory.send(command)
+            self._directory.send(command, **(details or {}))
         except (OSError, SparklabError) as error:
             self.text = f"{command} could not be asked for: {error}"
             return
@@ -82,22 +94,27 @@ class Requests:
         return answered
 
 
-class LivePanel:
+class LivePanel(Resident):
     """One panel in one output: :meth:`display` starts it, :meth:`freeze` leaves the static twin behind.
 
     The thread is a daemon and ends with the run; the run itself lives in another process and does not notice.
     """
 
+    kind = "run"
+
     def __init__(self, directory: RunDirectory, *, starting: bool = False) -> None:
+        super().__init__()
         self.directory = directory
         self.widget: RunPanel | None = None
         self._watch = Watch(directory, starting=starting)
         self._plan = directory.plan
         self._title = facts.title(directory)
+        self._clip = facts.clip_norm(directory)
         self._requests = Requests(directory)
-        self._lock = threading.RLock()
         self._done = threading.Event()
-        self._handle: Any = None
+        self._wake = threading.Event()
+        self._kept_at, self._keep_every = time.monotonic(), KEEP_SECONDS
+        self._apart = False
         self._thread: threading.Thread | None = None
 
     def display(self) -> None:
@@ -105,29 +122,42 @@ class LivePanel:
         from IPython.display import display  # noqa: PLC0415 - only a kernel has it
 
         state = self._watch.refresh()
+        self._home = f"sparklab-{self.kind}-{uuid.uuid4().hex}"
         if self._watch.over:
             self._done.set()
-            self._handle = display(self._twin(), raw=True, display_id=True)
+            self._handle = display(self._bundle(), raw=True, display_id=True)
             return
-        from sparklab.panels.widget import RunPanel  # noqa: PLC0415 - ipywidgets loads when a widget is made, not before
-
-        self.widget = RunPanel(name=list(self._title), on_command=self.command)
+        self._apart = shows_widgets_apart()
+        if not self._apart:
+            self._handle = display(self._bundle(), raw=True, display_id=True)
+        self.widget = self._make_widget()
         self.widget.update(state, self._plan)
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
-        text = f"sparklab run {self._title[0]}: the live panel stands here; without it: sparklab watch {self.directory.path}"
-        self._handle = display({"text/plain": text, "application/vnd.jupyter.widget-view+json": view}, raw=True, display_id=True)
+        if self._apart:
+            view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
+            self._handle = display({"text/plain": str(self), "application/vnd.jupyter.widget-view+json": view}, raw=True, display_id=True)
         self._thread = threading.Thread(target=self._follow, name=f"sparklab-panel-{self._title[0]}", daemon=True)
         self._thread.start()
 
-    def command(self, name: str) -> None:
+    def _ipython_display_(self) -> None:
+        self.display()
+
+    def _make_widget(self) -> RunPanel:
+        from sparklab.panels.widget import RunPanel  # noqa: PLC0415 - ipywidgets loads when a widget is made, not before
+
+        home = "" if self._apart else self._home
+        prompts = facts.has_prompts(self.directory)
+        return RunPanel(name=list(self._title), home=home, clip=self._clip, prompts=prompts, on_command=self.command, on_seen=self._wake.set)
+
+    def command(self, name: str, details: dict[str, Any] | None = None) -> None:
         """What a button does: asks the worker and says so at once."""
-        with self._lock:
-            self._requests.ask(name, self._watch.state)
+        with self._guard:
+            self._requests.ask(name, self._watch.state, details)
             self._acknowledge()
+        self._wake.set()
 
     def refresh(self) -> bool:
         """Takes in what the run wrote since the last look; True where that was something."""
-        with self._lock:
+        with self._guard:
             before = self._watch.state.last_time
             state = self._watch.refresh()
             if self.widget is not None:
@@ -142,11 +172,12 @@ class LivePanel:
         A second call is not idle: nbclient takes an update only while a cell runs, so :meth:`Run.wait` repeats what the thread did.
         """
         self._done.set()
-        with self._lock:
+        self._wake.set()
+        with self._guard:
             if self.widget is not None:
                 self.refresh()
-            if self._handle is not None:
-                self._handle.update(self._twin(), raw=True)
+            self._home = ""  # nothing takes this picture's place any more
+            self._keep()
 
     def join(self, timeout_seconds: float | None = None) -> bool:
         """Waits for the panel's thread; True when it has ended."""
@@ -154,19 +185,39 @@ class LivePanel:
             self._thread.join(timeout_seconds)
         return self._thread is None or not self._thread.is_alive()
 
+    def __str__(self) -> str:
+        return f"sparklab run {self._title[0]}\n{terminal.summary(self._watch.state, self._plan)}"
+
     def _acknowledge(self) -> None:
         if self.widget is not None:
             self.widget.acknowledge(self._requests.text, self._requests.waiting)
 
-    def _twin(self) -> dict[str, str]:
-        state = self._watch.state
-        text = f"sparklab run {self._title[0]}\n{terminal.summary(state, self._plan)}"
-        return {"text/plain": text, "text/html": twin.run_html(state, self._plan, *self._title)}
+    def _twin(self) -> str:
+        reopen = f"sl.Run.open({str(self.directory.path)!r}).panel()"
+        return twin.run_html(self._watch.state, self._plan, *self._title, clip=self._clip, home=self._home, reopen=reopen)
 
     def _follow(self) -> None:
-        """The thread: looks, rests, and leaves the twin when nothing more will come."""
+        """The thread: looks, rests, keeps a picture now and then, and leaves the twin when nothing more will come."""
         pause = BUSY_SECONDS
-        while not self._done.wait(pause):
-            pause = BUSY_SECONDS if self.refresh() else min(IDLE_SECONDS, pause * 1.5)
+        while not self._done.is_set():
+            self._wake.wait(pause)
+            self._wake.clear()
+            if self._done.is_set():
+                return
+            began = time.thread_time()
+            news = self.refresh()
+            cost = time.thread_time() - began
             if self._watch.over:
                 self.freeze()
+                return
+            self._keep_now_and_then()
+            seen = self.widget is None or self.widget.watched
+            pause = max(BUSY_SECONDS if news and seen else min(IDLE_SECONDS if seen else UNSEEN_SECONDS, pause * 1.5), cost / SHARE)
+
+    def _keep_now_and_then(self) -> None:
+        """A picture of the run as it is, for whoever finds the notebook without its kernel; rarer where it takes long to draw."""
+        if self._apart or time.monotonic() - self._kept_at < self._keep_every:
+            return
+        began = time.thread_time()
+        self._keep()
+        self._kept_at, self._keep_every = time.monotonic(), max(KEEP_SECONDS, (time.thread_time() - began) / (SHARE / 4))

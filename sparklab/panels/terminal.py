@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from sparklab.panels import facts
+from sparklab.panels.memory_facts import memory
 from sparklab.panels.parts import one_line
+from sparklab.panels.series import Series
 from sparklab.panels.watch import Watch
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
 
+_BLOCKS = "▁▂▃▄▅▆▇█"
 _ERASE = "\r\x1b[2K"
 
 
@@ -94,7 +99,7 @@ class ProgressLine:
 
 def progress(state: RunState, plan: dict[str, Any], columns: int) -> str:
     """The run in one line of at most ``columns`` characters (0: as long as it takes): what matters less goes first."""
-    head, figures, memory = facts.head(state), facts.figures(state), facts.memory(state, plan)
+    head, figures, held = facts.head(state), facts.figures(state), memory(state, plan)
     fields: list[str] = [head["word"], head["step"]]
     if state.loss_steps:
         fields.append(f"loss {figures['loss']}")
@@ -103,8 +108,8 @@ def progress(state: RunState, plan: dict[str, Any], columns: int) -> str:
         if head["eta"] != facts.DASH:
             fields.append(f"{head['eta']} left")
         fields.append(f"{figures['tokens_per_second']} tok/s")
-    if memory["peak"] is not None:
-        fields.append(f"{facts.size(memory['peak'])} of {facts.size(memory['planned'])} planned")
+    if held["peak"] is not None:
+        fields.append(f"{facts.size(held['peak'])} of {facts.size(held['planned'])} planned")
     bar = _bar(head["share"], 20) if state.steps else ""
     while columns > 0 and len(_joined(bar, fields)) > columns:
         if bar:
@@ -125,9 +130,23 @@ def _bar(share: float, width: int) -> str:
     return "█" * full + "░" * (width - full)
 
 
+def _sparkline(values: Sequence[float], width: int = 40) -> str:
+    """The curve in a row of blocks, lowest to highest; what is not a number leaves a gap."""
+    size = max(1, -(-len(values) // width))
+    means = []
+    for start in range(0, len(values), size):
+        known = [value for value in values[start : start + size] if math.isfinite(value)]
+        means.append(sum(known) / len(known) if known else math.nan)
+    finite = [mean for mean in means if math.isfinite(mean)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    return "".join(" " if math.isnan(mean) else _BLOCKS[round((mean - low) / (high - low) * 7) if high > low else 0] for mean in means)
+
+
 def summary(state: RunState, plan: dict[str, Any]) -> str:
     """What came of the run, in a few lines; the reason and the fix where it ended early."""
-    head, figures, memory, curve = facts.head(state), facts.figures(state), facts.memory(state, plan), facts.curve(state)
+    series = Series()
+    series.take(state)
+    head, figures, held, curve = facts.head(state), facts.figures(state, plan, series=series), memory(state, plan), facts.curve(state)
     rows = [("", f"{head['word']}, {head['step']}, {head['elapsed']}")]
     if head["reason"]:
         rows.append(("why", one_line(head["reason"], 1500)))
@@ -136,12 +155,15 @@ def summary(state: RunState, plan: dict[str, Any]) -> str:
     if state.loss_steps:
         held_out = f", held-out {figures['held_out']} (best {curve['best'][1]:.3f} at step {curve['best'][0]:,.0f})" if curve["best"] else ""
         rows.append(("loss", figures["loss"] + held_out))
-    if facts.broken(state):
-        rows.append(("", facts.broken(state)))
+        rows.append(("curve", _sparkline(series.column("loss"))))
+    if facts.badge(series):
+        rows.append(("", facts.badge(series)))
     if figures["exact_match"]:
         rows.append(("exact match", f"{figures['exact_match']} {facts.exact_match_count(state)}"))
     if state.loss_steps:
-        rows.append(("speed", f"{figures['tokens_per_second']} tokens/s, not counting padding"))
-    if memory["planned"] is not None or memory["peak"] is not None:
-        rows.append(("memory", f"peak {facts.size(memory['peak'])} of {facts.size(memory['planned'])} planned, {facts.size(memory['usable'])} usable"))
+        rows.append(("speed", f"{figures['tokens_per_second']} tokens/s; {figures['speed_note']}"))
+        if figures["energy"] != facts.DASH:
+            rows.append(("energy", f"{figures['energy']}; {figures['energy_note']}"))
+    if held["planned"] is not None or held["peak"] is not None:
+        rows.append(("memory", f"peak {facts.size(held['peak'])} of {facts.size(held['planned'])} planned, {facts.size(held['usable'])} usable"))
     return "\n".join(f"{name:<12}{text}" if name else text for name, text in rows)

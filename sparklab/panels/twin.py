@@ -6,31 +6,58 @@ It is what stays in a notebook when the run is over, and what an untrusted noteb
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from sparklab.panels import facts, parts
-from sparklab.panels.parts import BAD, DIM, GOOD, HELD_OUT, LINE, LOSS, WARN, Chart, Curve, Dots, chart_html, escape, image, swatch
+from sparklab.panels.memory_facts import memory
+from sparklab.panels.parts import (
+    BAD,
+    DIM,
+    FAINT,
+    GOOD,
+    HELD_OUT,
+    LINE,
+    LOSS,
+    NUMBERS,
+    SMALL,
+    WARN,
+    Chart,
+    Curve,
+    Dots,
+    chart_html,
+    dot,
+    escape,
+    faint,
+    fold,
+    section,
+    swatch,
+)
+from sparklab.panels.series import Series
 from sparklab.run.state import RunState
+from sparklab.units import NA
 
 _TONES = {"run": LOSS, "good": GOOD, "warn": WARN, "bad": BAD}
-_SMALL = f"font-size:12px;color:{DIM}"
-_NUMBERS = "font-variant-numeric:tabular-nums"
 
 
-def run_html(state: RunState, plan: dict[str, Any], title: str = "", about: str = "") -> str:
+def run_html(state: RunState, plan: dict[str, Any], title: str = "", about: str = "", *, clip: float = NA, home: str = "", reopen: str = "") -> str:
     """The panel of ``state`` as one block of HTML; ``title`` is the run's name, ``about`` its model and method. Everything in it is escaped.
+
+    ``clip`` is the clip line of the gradient norm, ``home`` the class by which a live panel finds its place, and ``reopen`` what to type for
+    the live panel of a run that goes on.
 
     ::
 
         directory = RunDirectory("runs/chat-1")
         html = run_html(directory.state, directory.plan, *facts.title(directory))
     """
-    head = facts.head(state)
-    blocks = [_header(head, title, about), _trouble(head), _loss(state), _figures(state), _memory(state, plan), _samples(state), _notes(state)]
-    return (
-        f'<div class="sparklab-twin" style="max-width:1080px;border:1px solid {LINE};border-radius:8px;padding:14px 16px;font-size:13px;line-height:1.45">'
-        f"{''.join(blocks)}</div>"
-    )
+    head, series = facts.head(state), Series()
+    series.take(state)
+    blocks = [
+        _header(head, title, about), _trouble(head), _as_of(head, reopen), _loss(state, series), _figures(state, plan, clip, series),
+        _memory(state, plan), _samples(state), _notes(state),
+    ]  # fmt: skip
+    return parts.frame("".join(blocks), home)
 
 
 def _header(head: dict[str, Any], title: str, about: str) -> str:
@@ -38,9 +65,9 @@ def _header(head: dict[str, Any], title: str, about: str) -> str:
     share, aside = 100 * head["share"], " · ".join(part for part in (about, head["device"]) if part)
     return (
         '<div style="display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 10px">'
-        f'<b style="font-size:15px"><span style="color:{colour}">●</span> {escape(head["word"])}</b> '
-        f'<span dir="auto">{escape(title)}</span> <span style="{_SMALL}">{escape(aside)}</span></div>'
-        f'<div style="{_SMALL};{_NUMBERS};margin-top:2px">{escape(head["times"])}</div>'
+        f'<b style="font-size:15px">{dot(colour)}{escape(head["word"])}</b> '
+        f'<span dir="auto">{escape(title)}</span> <span style="{SMALL}">{escape(aside)}</span></div>'
+        f'<div style="{SMALL};{NUMBERS};margin-top:2px">{escape(head["times"])}</div>'
         f'<div style="height:4px;border-radius:2px;margin:8px 0 0 0;background:{LINE}">'
         f'<div style="height:4px;border-radius:2px;width:{share:.1f}%;background:{colour}"></div></div>'
     )
@@ -57,42 +84,47 @@ def _trouble(head: dict[str, Any]) -> str:
     )
 
 
-def _section(name: str, aside: str, body: str) -> str:
-    return (
-        '<div style="margin:14px 0 0 0"><div style="display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 14px;margin:0 0 8px 0">'
-        f'<b>{name}</b> <span style="{_SMALL};{_NUMBERS}">{aside}</span></div>{body}</div>'
-    )
+def _as_of(head: dict[str, Any], reopen: str) -> str:
+    """What a picture of a run that goes on must say of itself."""
+    if head["over"] or not reopen:
+        return ""
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    return f'<div style="{SMALL};margin:8px 0 0 0">Picture of {now}. How it is now: <span style="font-family:monospace">{escape(reopen)}</span></div>'
 
 
-def _loss(state: RunState) -> str:
+def _loss(state: RunState, series: Series) -> str:
     curve, figures = facts.curve(state), facts.figures(state)
     if not state.loss_steps:
-        return _section("Loss", "no step was made", "")
-    last = state.loss_steps[-1]
+        return section("Loss", faint("no step was made" if state.is_over else "the curve begins with the first step"), "")
+    last, steps, losses = state.loss_steps[-1], series.column("step"), series.column("loss")
     end = max([last, *(int(step) for step, _ in curve["evals"])]) if state.is_over else parts.axis_end(last, state.steps)
-    smoothed = parts.smooth(state.losses, curve["beta"])
-    shown = [value for value in [*state.losses, *(loss for _, loss in curve["evals"])] if math.isfinite(value)]
+    smoothed = parts.smooth(losses, parts.beta_of(curve["window"], series.stride))
+    low, high = series.column("low"), series.column("high")
+    raw_x, raw_y = (
+        (steps, low) if series.stride == 1 else ([step for step in steps for _ in "ab"], [loss for pair in zip(low, high, strict=True) for loss in pair])
+    )
+    shown = [value for value in [*low, *high, *(loss for _, loss in curve["evals"])] if math.isfinite(value)]
     evals_x, evals_y = [step for step, _ in curve["evals"]], [loss for _, loss in curve["evals"]]
     chart = Chart(
         x_range=(0.0, float(max(end, 1))),
         y_ticks=parts.ticks(min(shown, default=0.0), max(shown, default=1.0)),
         curves=(
-            Curve(xs=state.loss_steps, ys=state.losses, colour=LOSS, width=1, opacity=0.35 if last < 1000 else 0.22),
-            Curve(xs=state.loss_steps, ys=smoothed, colour=LOSS, width=2),
+            Curve(xs=raw_x, ys=raw_y, colour=LOSS, width=1, opacity=0.35 if last < 1000 else 0.22),
+            Curve(xs=steps, ys=smoothed, colour=LOSS, width=2),
             Curve(xs=evals_x, ys=evals_y, colour=HELD_OUT, width=1, opacity=0.6),
         ),
         dots=(Dots(xs=evals_x, ys=evals_y, colour=HELD_OUT), *_best_dot(curve["best"])),
-        marks=[(step, BAD) for step, loss in zip(state.loss_steps, state.losses, strict=True) if math.isnan(loss)][:200],
+        marks=[(step, BAD) for step, broken in zip(steps, series.column("broken"), strict=True) if broken][:200],
     )
-    legend = [f"{swatch(LOSS)}training {figures['loss']}"]
+    legend = [f"{swatch(LOSS)}{faint('training')} {figures['loss']}"]
     if curve["evals"]:
-        legend.append(f"{swatch(HELD_OUT)}held-out {figures['held_out']}")
+        legend.append(f"{swatch(HELD_OUT)}{faint('held-out')} {figures['held_out']}")
     if curve["best"]:
-        legend.append(f"best {curve['best'][1]:.3f} at step {curve['best'][0]:,.0f}")
-    if facts.broken(state):
-        legend.append(f'<b style="color:{BAD}">{escape(facts.broken(state))}</b>')
+        legend.append(f"{swatch(GOOD)}{faint('best')} {curve['best'][1]:.3f} at step {curve['best'][0]:,.0f}")
+    if facts.badge(series):
+        legend.append(f"{dot(BAD)}<b>{escape(facts.badge(series))}</b>")
     alt = f"Loss over {last:,} steps: training {figures['loss']}, held-out {figures['held_out']}."
-    return _section("Loss", " &nbsp; ".join(legend), chart_html(chart, alt, 190, ("step 0", f"step {end:,}")))
+    return section("Loss", " &nbsp; ".join(legend), chart_html(chart, alt, 190, ("step 0", f"step {end:,}")))
 
 
 def _best_dot(best: list[float] | None) -> tuple[Dots, ...]:
@@ -102,62 +134,80 @@ def _best_dot(best: list[float] | None) -> tuple[Dots, ...]:
     return (Dots(xs=[best[0]], ys=[best[1]], colour=HELD_OUT, size=12), Dots(xs=[best[0]], ys=[best[1]], colour=GOOD, size=7))
 
 
-def _figures(state: RunState) -> str:
+def _figures(state: RunState, plan: dict[str, Any], clip: float, series: Series) -> str:
     if not state.loss_steps:
         return ""
-    figures = facts.figures(state)
-    shown = [("Tokens per second", figures["tokens_per_second"], "non-pad"), ("Learning rate", facts.peak_rate(state), "highest"),
-             ("Gradient norm", figures["grad_norm"], "before clipping")]  # fmt: skip
+    figures = facts.figures(state, plan, clip, series)
+    rate = (facts.figure(series.peak_rate, facts.scientific), "highest") if state.is_over else (figures["learning_rate"], figures["rate_note"])
+    shown = [
+        ("Tokens per second", figures["tokens_per_second"], figures["speed_note"]),
+        ("Gradient norm", figures["grad_norm"], figures["norm_note"]),
+        ("Learning rate", *rate),
+        ("Energy", figures["energy"], figures["energy_note"]),
+    ]
     if figures["exact_match"]:
-        shown.append(("Exact match", figures["exact_match"], facts.exact_match_count(state)))
+        shown.append(("Exact match", figures["exact_match"], figures["exact_match_count"]))
     cells = "".join(
-        f'<div style="flex:1;min-width:130px"><div style="{_SMALL}">{name}</div>'
-        f'<div style="font-size:17px;line-height:1.35;{_NUMBERS}">{escape(value)}</div><div style="font-size:11px;color:{DIM}">{escape(note)}</div></div>'
+        f'<div style="flex:1;min-width:130px"><div style="{SMALL}">{name}</div>'
+        f'<div style="font-size:17px;line-height:1.35;{NUMBERS}">{escape(value)}</div><div style="font-size:11px;{FAINT}">{escape(note)}</div></div>'
         for name, value, note in shown
     )
     return f'<div style="display:flex;flex-wrap:wrap;gap:10px 18px;margin:16px 0 0 0;padding:10px 0 0 0;border-top:1px solid {LINE}">{cells}</div>'
 
 
 def _memory(state: RunState, plan: dict[str, Any]) -> str:
-    view = facts.memory(state, plan)
+    view = memory(state, plan)
     if view["planned"] is None and view["peak"] is None:
         return ""
-    measured = math.nan if view["peak"] is None else view["peak"]
-    svg = parts.bar_svg([(s["gib"], s["colour"]) for s in view["segments"]], measured, view["scale"], view["line"])
-    legend = "".join(
-        f'<span style="white-space:nowrap">{swatch(s["colour"])}{escape(s["name"])} <span style="color:{DIM}">{facts.size(s["gib"])}</span></span> '
-        for s in view["segments"]
+    now, peak = view["now"] or 0.0, view["peak"] or 0.0
+    over = state.is_over
+    planned = parts.stack_svg([(s["gib"], s["colour"], False) for s in view["segments"]], view["scale"], view["line"])
+    measured = parts.stack_svg(
+        [(peak, DIM, False)] if over else [(min(now, peak), DIM, False), (max(0.0, peak - now), "#a8a8a8", False)], view["scale"], view["line"]
     )
-    for name, amount, colour in (("measured", view["peak"], DIM), ("usable", view["line"], BAD)):
-        if amount is not None:
-            legend += f' <span style="white-space:nowrap">{swatch(colour)}{name} <span style="color:{DIM}">{facts.size(amount)}</span></span>'
-    body = f'{image(svg, facts.memory_words(view), 34)}<div style="display:flex;flex-wrap:wrap;gap:3px 16px;font-size:12px;margin:8px 0 0 0">{legend}</div>'
-    return _section("Memory", facts.memory_figures({**view, "now": None} if state.is_over else view), body)
+    body = _bar_row("planned", parts.image(planned, view["words"], 16), view["planned_text"])
+    body += _bar_row("measured", parts.image(measured, view["measured_text"], 9), view["measured_text"])
+    body += parts.legend(view["segments"])
+    pool = None if over else view["pool"]
+    if pool:
+        whole = parts.stack_svg([(s["gib"], s["colour"], s["hatched"]) for s in pool["segments"]], pool["total"])
+        body += f'<div style="margin:10px 0 0 0">{_bar_row("whole box", parts.image(whole, pool["words"], 9), pool["text"])}</div>'
+        body += parts.legend(pool["segments"])
+    light = view["light"]
+    aside = f"{dot(_TONES[light['level']])}{light['word']} {faint(light['reason'])} &nbsp; " if light["level"] in _TONES else ""
+    return section("Memory", f"{aside}{faint(view['usable_text'])}", body)
 
 
-def _fold(name: str, count: int, body: str) -> str:
+def _bar_row(label: str, bar: str, text: str) -> str:
+    """Name and figures above the bar: reads at any width without a style sheet."""
     return (
-        f'<details style="margin:12px 0 0 0;padding:10px 0 0 0;border-top:1px solid {LINE}"><summary style="cursor:pointer"><b>{name}</b> '
-        f'<span style="{_SMALL}">{count}</span></summary>{body}</details>'
+        f'<div style="display:flex;flex-wrap:wrap;align-items:center;gap:1px 12px;margin:0 0 4px 0;font-size:12px;{NUMBERS}">'
+        f'<span style="width:62px;{FAINT}">{label}</span><div style="flex:1 1 260px;min-width:0">{bar}</div>'
+        f'<span style="flex:0 0 190px">{escape(text)}</span></div>'
     )
 
 
 def _samples(state: RunState) -> str:
-    entries = facts.samples(state)
+    view = facts.samples(state)
     body = "".join(
-        f'<div style="margin:10px 0 0 0"><div style="{_SMALL}">{escape(entry["step"])}</div>'
-        f'<div dir="auto" style="color:{DIM};white-space:pre-wrap">{escape(entry["prompt"])}</div>'
-        f'<div dir="auto" style="white-space:pre-wrap">{escape(entry["text"])}</div></div>'
-        for entry in entries
+        f'<div style="margin:10px 0 0 0"><div dir="auto" style="font-weight:600;white-space:pre-wrap">{escape(group["prompt"])}</div>'
+        + "".join(
+            '<div style="display:flex;flex-wrap:wrap;gap:0 12px;margin:3px 0 0 0">'
+            f'<span style="flex:0 0 76px;{SMALL}">{escape(answer["step"])}</span>'
+            f'<div dir="auto" style="flex:1 1 240px;min-width:0;white-space:pre-wrap;overflow-wrap:anywhere">{escape(answer["text"])}</div></div>'
+            for answer in group["answers"]
+        )
+        + "</div>"
+        for group in view["groups"]
     )
-    return _fold("Samples", len(state.samples), body) if entries else ""
+    return fold("Samples", f"{view['count']:,}", body) if view["groups"] else ""
 
 
 def _notes(state: RunState) -> str:
     entries = facts.notes(state)
     rows = "".join(
-        f'<div style="display:flex;gap:12px;margin:4px 0 0 0"><span style="{_SMALL};{_NUMBERS}">{escape(entry["time"])}</span>'
-        f'<span dir="auto" style="color:{_TONES.get(entry["tone"], "inherit")};white-space:pre-wrap">{escape(entry["text"])}</span></div>'
+        f'<div style="display:flex;gap:12px;margin:4px 0 0 0"><span style="{SMALL};{NUMBERS}">{escape(entry["time"])}</span>'
+        f'<span dir="auto" style="white-space:pre-wrap">{dot(_TONES[entry["tone"]]) if entry["tone"] else ""}{escape(entry["text"])}</span></div>'
         for entry in entries
     )
-    return _fold("Messages", len(state.messages), f'<div style="margin:6px 0 0 0">{rows}</div>') if entries else ""
+    return fold("Messages", f"{len(state.messages):,}", f'<div style="margin:6px 0 0 0">{rows}</div>') if entries else ""

@@ -5,9 +5,6 @@ It knows nothing of directories and threads; :mod:`sparklab.panels.run_panel` fe
 
 from __future__ import annotations
 
-import array
-import math
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +14,14 @@ import anywidget
 import traitlets
 
 from sparklab.panels import facts, parts
+from sparklab.panels.memory_facts import latest, memory
+from sparklab.panels.series import Series
 from sparklab.run.state import RunState
-from sparklab.units import NA
+from sparklab.units import NA, is_na
 
-COLUMNS: Final = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_second")
-"""What a row of the binary history holds, each a little-endian float32; NaN where unknown."""
+MOST_PAGES: Final = 16
+"""Pages remembered; one that closed without a word must not be remembered for ever."""
+MOST_PROMPTS, LONGEST_PROMPT = 8, 4000
 
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -41,93 +41,93 @@ def hear_every_page(comm: Any) -> None:
         comm._reply_subshell_for = lambda data, default: default  # noqa: ARG005 - the names are ipykernel's
 
 
-class History:
-    """The updates as one growing block of rows, and how many of them were handed out."""
-
-    def __init__(self) -> None:
-        self._rows = array.array("f")  # an overflowing float becomes infinity here, where struct would raise
-        self._count = 0
-        self._last: tuple[float, ...] = ()
-
-    def __len__(self) -> int:
-        return self._count
-
-    def take(self, state: RunState) -> tuple[int, bytes]:
-        """(index of the first row, rows) that are new since the last call; index 0 also when a resumed run went back in time."""
-        total = len(state.loss_steps)
-        if total < self._count or (self._count and self._identity(state, self._count - 1) != self._last):
-            self._rows, self._count = array.array("f"), 0
-        first = self._count
-        for index in range(first, total):
-            seconds = state.step_seconds[index]
-            speed = state.step_tokens[index] / seconds if seconds > 0 else NA
-            self._rows.extend((state.loss_steps[index], state.losses[index], state.learning_rates[index], state.grad_norms[index], speed))
-        self._count = total
-        self._last = self._identity(state, total - 1) if total else ()
-        return first, self._bytes(first)
-
-    def all(self) -> bytes:
-        """Every row so far."""
-        return self._bytes(0)
-
-    def _bytes(self, first: int) -> bytes:
-        rows = self._rows[first * len(COLUMNS) :]
-        if sys.byteorder == "big":
-            rows.byteswap()
-        return rows.tobytes()
-
-    @staticmethod
-    def _identity(state: RunState, index: int) -> tuple[float, ...]:
-        """What tells an update from the same step made again after a resume; its duration never repeats to the last digit."""
-        figures = (state.loss_steps[index], state.losses[index], state.grad_norms[index], state.step_seconds[index])
-        return tuple(-1.0 if math.isnan(figure) else figure for figure in figures)
-
-
 class RunPanel(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is not annotated well enough to be followed
-    """One live run panel. ``on_command`` receives the names of the buttons pressed.
+    """One live run panel. ``on_command`` receives the names of the buttons pressed and what came with them.
+
+    With a ``home`` it takes the place of the element of that class, in every page; without one it is shown where it is displayed.
 
     ::
 
-        panel = RunPanel(name=["chat-1", "Qwen3-8B · lora"], on_command=directory.send)
+        panel = RunPanel(name=["chat-1", "Qwen3-8B · lora"], on_command=lambda command, details: directory.send(command, **details))
         panel.update(state, plan)
     """
 
-    _esm = asset("parts.js", "run.js")
+    _esm = asset("parts.js", "charts.js", "run.js")
     _css = parts.css_variables() + asset("panel.css")
 
+    home = traitlets.Unicode("", help="Class of the element whose place the panel takes.").tag(sync=True)
     name: traitlets.List[str] = traitlets.List([], help="The run's name; its model and method.").tag(sync=True)
+    prompts = traitlets.Bool(True, help="Whether the recipe has prompts of its own to sample.").tag(sync=True)
+    clip = traitlets.Float(None, allow_none=True, help="The clip line of the gradient norm.").tag(sync=True)
     head = traitlets.Dict({}).tag(sync=True)
     figures = traitlets.Dict({}).tag(sync=True)
     curve = traitlets.Dict({}).tag(sync=True)
     memory = traitlets.Dict({}).tag(sync=True)
-    samples: traitlets.List[dict[str, str]] = traitlets.List([]).tag(sync=True)
+    samples = traitlets.Dict({}).tag(sync=True)
     notes: traitlets.List[dict[str, str]] = traitlets.List([]).tag(sync=True)
     ack = traitlets.Dict({}).tag(sync=True)
     history = traitlets.Bytes(b"", help="All rows; filled only when a page asks for the whole state (opening, reload).").tag(sync=True)
 
-    def __init__(self, *, name: list[str] | None = None, on_command: Callable[[str], Any] | None = None) -> None:
-        self._history = History()
+    def __init__(
+        self,
+        *,
+        name: list[str] | None = None,
+        home: str = "",
+        clip: float = NA,
+        prompts: bool = True,
+        on_command: Callable[[str, dict[str, Any]], Any] | None = None,
+        on_seen: Callable[[], Any] | None = None,
+    ) -> None:
+        self.series = Series()
         self._guard = threading.RLock()  # the refreshing thread and the thread of the page's messages
-        self._on_command = on_command or (lambda _command: None)
+        self._on_command = on_command or (lambda _command, _details: None)
+        self._on_seen = on_seen or (lambda: None)
+        self._pages: dict[str, bool] = {}
+        self._told: dict[str, Any] = {}
         empty = RunState()
-        super().__init__(name=name or [], head=facts.head(empty), figures=facts.figures(empty), curve=facts.curve(empty), memory=facts.memory(empty, {}))
+        super().__init__(
+            name=name or [], home=home, clip=None if is_na(clip) else clip, prompts=prompts, head=facts.head(empty), figures=facts.figures(empty),
+            curve=facts.curve(empty), memory=memory(empty, {}), samples=facts.samples(empty),
+        )  # fmt: skip
         self.on_msg(self._receive)
         hear_every_page(self.comm)
+
+    @property
+    def watched(self) -> bool:
+        """False while every page that shows the panel has it out of sight: then nothing is sent."""
+        return not self._pages or any(self._pages.values())
 
     def update(self, state: RunState, plan: dict[str, Any]) -> None:
         """Shows ``state``: new rows as one binary message, the rest as whatever traits differ."""
         with self._guard:
-            first, rows = self._history.take(state)
-            if rows or (first == 0 and self.head.get("rows")):
-                self.send({"kind": "rows", "from": first}, buffers=[rows])
-            memory = facts.memory(state, plan)
+            if not self.watched and not state.is_over:
+                return
+            before = self.series.updates
+            first, rows = self.series.take(state)
+            if rows or (first == 0 and before):
+                self.send({"kind": "rows", "from": first, "stride": self.series.stride}, buffers=[rows])
+            clip = NA if self.clip is None else self.clip
             with self.hold_sync():
-                self.head = {**facts.head(state), "rows": len(self._history), "samples": len(state.samples), "notes": len(state.messages)}
-                self.figures = {**facts.figures(state), "exact_match_count": facts.exact_match_count(state)}
+                self.head = {
+                    **facts.head(state),
+                    "rows": len(self.series),
+                    "updates": self.series.updates,
+                    "stride": self.series.stride,
+                    "notes": len(state.messages),
+                }
+                self.figures = {**facts.figures(state, plan, clip, self.series), "badge": facts.badge(self.series)}
                 self.curve = facts.curve(state)
-                self.memory = {**memory, "words": facts.memory_words(memory), "figures": facts.memory_figures(memory)}
-                self.samples = facts.samples(state)
-                self.notes = facts.notes(state)
+                if self._changed("memory", (latest(state).get("time"), str(state.peak_bytes), state.is_over)):
+                    self.memory = memory(state, plan)
+                if self._changed("samples", facts.seen_last(state.samples)):
+                    self.samples = facts.samples(state)
+                if self._changed("notes", facts.seen_last(state.messages)):
+                    self.notes = facts.notes(state)
+
+    def _changed(self, name: str, mark: Any) -> bool:
+        """Whether something is not what it was when last asked; the words of what did not change are not made again."""
+        before, self._told[name] = self._told.get(name), mark
+        return bool(before != mark)
 
     def acknowledge(self, text: str, waiting: list[str]) -> None:
         """Tells the page what became of a button; ``waiting`` names the commands the worker has not carried out yet."""
@@ -138,16 +138,30 @@ class RunPanel(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is not a
         """The traits for a page; the whole state carries the whole history, so that a reloaded page draws the full curve."""
         if key is None or key == "history" or (not isinstance(key, str) and "history" in key):
             with self._guard:
-                self._trait_values["history"] = self._history.all()
+                self._trait_values["history"] = self.series.all()
         return super().get_state(key=key, drop_defaults=drop_defaults)
 
     def _receive(self, _widget: Any, content: Any, _buffers: Any) -> None:
-        """A message of the page: a button, or a page that came late and wants all rows."""
+        """A message of the page: a button, a page that came late and wants all rows, or one that went out of sight or came back."""
         command = content.get("command") if isinstance(content, dict) else None
         if command == "history":
             with self._guard:
-                self.send({"kind": "rows", "from": 0}, buffers=[self._history.all()])
+                self.send({"kind": "rows", "from": 0, "stride": self.series.stride}, buffers=[self.series.all()])
+        elif command == "seen":
+            with self._guard:
+                page = parts.one_line(content.get("page"), 40)
+                self._pages.pop(page, None)
+                self._pages = {**dict(list(self._pages.items())[1 - MOST_PAGES :]), page: bool(content.get("seen"))}
+            if content.get("seen"):
+                self._on_seen()
         elif isinstance(command, str):
             with self._guard:
                 self.ack = {**self.ack, "count": self.ack.get("count", 0) + 1}
-            self._on_command(command)
+            self._on_command(command, _details(content))
+
+
+def _details(content: dict[str, Any]) -> dict[str, Any]:
+    """What may come with a command: the prompts to sample."""
+    prompts = content.get("prompts")
+    kept = [prompt[:LONGEST_PROMPT] for prompt in prompts[:MOST_PROMPTS] if isinstance(prompt, str) and prompt.strip()] if isinstance(prompts, list) else []
+    return {"prompts": kept} if kept else {}

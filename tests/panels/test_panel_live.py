@@ -63,7 +63,7 @@ def test_it_follows_answers_and_freezes(directory, kernel):
     release = hold(directory)
     write(directory, STARTED, *steps(5))
     panel = run_panel.show(directory)
-    assert "application/vnd.jupyter.widget-view+json" in kernel[0].bundles[0]
+    assert set(kernel[0].bundles[0]) == {"text/plain", "text/html"} and panel.widget.home in kernel[0].bundles[0]["text/html"], "the twin, with a place"
     wait_for(lambda: panel.widget.head["rows"] == 5)
     write(directory, *steps(5, first=6))
     wait_for(lambda: panel.widget.head["rows"] == 10)
@@ -80,6 +80,7 @@ def test_it_follows_answers_and_freezes(directory, kernel):
     assert panel.join(10), "the thread ends with the run"
     last = kernel[0].bundles[-1]
     assert set(last) == {"text/plain", "text/html"} and "asked to stop" in last["text/html"]
+    assert panel.widget.home and panel.widget.home not in last["text/html"], "nothing takes the last picture's place"
     count = len(kernel[0].bundles)
     panel.freeze()
     assert len(kernel[0].bundles) == count + 1, "wait() repeats the freeze for nbclient"
@@ -145,6 +146,63 @@ def test_a_vanished_worker_is_told(directory, kernel):
     panel = run_panel.show(directory)
     assert worker.wait(30) == 9 and panel.join(10)
     assert "Lost" in kernel[0].bundles[-1]["text/html"] and "resume the run" in kernel[0].bundles[-1]["text/html"]
+
+
+def test_where_outputs_have_frames_of_their_own_the_widget_is_shown_itself(directory, kernel, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    release = hold(directory)
+    write(directory, STARTED, *steps(5))
+    panel = run_panel.show(directory)
+    assert set(kernel[0].bundles[0]) == {"text/plain", "application/vnd.jupyter.widget-view+json"} and panel.widget.home == ""
+    panel.freeze()
+    assert set(kernel[0].bundles[-1]) == {"text/plain", "text/html"} and panel.join(10)
+    release()
+
+
+def test_a_picture_is_kept_as_the_run_goes_on_and_says_of_when(directory, kernel, monkeypatch):
+    monkeypatch.setattr(run_panel, "KEEP_SECONDS", 0.0)
+    release = hold(directory)
+    write(directory, STARTED, *steps(5))
+    panel = run_panel.show(directory)
+    panel._keep_every = 0.0
+    write(directory, *steps(5, first=6))
+    wait_for(lambda: "step 10 of 100" in kernel[0].bundles[-1]["text/html"])
+    assert panel.widget.home in kernel[0].bundles[-1]["text/html"], "the live panel finds its place again"
+    assert "Picture of 20" in kernel[0].bundles[-1]["text/html"] and ".panel()" in kernel[0].bundles[-1]["text/html"]
+    panel.freeze()
+    assert panel.join(10)
+    release()
+
+
+def test_nobody_looking_costs_nothing_and_coming_back_shows_all(directory, kernel):
+    release = hold(directory)
+    write(directory, STARTED, *steps(5))
+    panel = run_panel.show(directory)
+    wait_for(lambda: panel.widget.head["rows"] == 5)
+    sent = []
+    panel.widget.send = lambda content, buffers=None: sent.append(content)
+    panel.widget._receive(None, {"command": "seen", "page": "a", "seen": False}, [])
+    write(directory, *steps(5, first=6))
+    panel.refresh()
+    assert panel.widget.head["rows"] == 5 and not sent
+    panel.widget._receive(None, {"command": "seen", "page": "a", "seen": True}, [])
+    wait_for(lambda: panel.widget.head["rows"] == 10)
+    assert sent == [{"kind": "rows", "from": 5, "stride": 1}]
+    panel.widget._receive(None, {"command": "seen", "page": "a", "seen": False}, [])
+    write(directory, {"event": "finished", "step": 10})
+    release()
+    assert panel.join(10) and panel.widget.head["status"] == "finished", "the end reaches a page that looks away"
+
+
+def test_a_prompt_goes_with_the_button(directory, kernel):
+    release = hold(directory)
+    write(directory, STARTED, *steps(1))
+    panel = run_panel.show(directory)
+    panel.widget._receive(None, {"command": "sample", "prompts": ["Hello?", "", 3]}, [])
+    assert [content for _, content in directory.take_commands()] == [{"command": "sample", "prompts": ["Hello?"]}]
+    panel.freeze()
+    release()
+    assert panel.join(10)
 
 
 def test_at_most_five_messages_a_second(directory, kernel):

@@ -11,6 +11,8 @@ from scenes import ARABIC, HOSTILE, PLAN, STARTED, state_of, steps
 
 from sparklab.panels import facts, parts
 from sparklab.panels.compare import comparison_html, comparison_text
+from sparklab.panels.memory_facts import memory, memory_words
+from sparklab.panels.series import MOST_ROWS, Series, stride_of
 
 
 def test_importing_panels_loads_no_widgets():
@@ -94,26 +96,26 @@ def test_an_image_decodes_to_its_svg():
 
 def test_memory_closes_its_books_on_the_plan():
     state = state_of(STARTED, {"event": "memory", "process_bytes": 1.5 * 2**30, "peak_bytes": 2 * 2**30})
-    view = facts.memory(state, PLAN)
-    assert [segment["gib"] for segment in view["segments"]] == [1.2, 1.1, 0.5, 0.4]  # the load phase is not in it
+    view = memory(state, PLAN)
+    assert sorted(segment["gib"] for segment in view["segments"]) == [0.4, 0.5, 1.1, 1.2]  # the load phase is not in it
     assert sum(segment["gib"] for segment in view["segments"]) == pytest.approx(view["planned"])
     assert (view["now"], view["peak"], view["usable"]) == (1.5, 2.0, 21.4)
     assert view["line"] is None, "a line six times beyond the plan would squeeze it"
-    assert facts.memory(state, {**PLAN, "usable_gib": 4.0})["line"] == 4.0
+    assert memory(state, {**PLAN, "usable_gib": 4.0})["line"] == 4.0
 
 
 def test_many_lines_are_summed_and_a_gap_is_named():
     lines = [{"name": f"line {i}", "phase": "train", "gib": 1.0 + i / 100} for i in range(12)]
-    view = facts.memory(state_of(), {"peak_gib": 15.0, "peak_phase": "train", "lines": lines})
-    assert len(view["segments"]) == len(parts.SEGMENTS) and view["segments"][-1]["name"] == "everything else"
+    view = memory(state_of(), {"peak_gib": 15.0, "peak_phase": "train", "lines": lines})
+    assert len(view["segments"]) == 8 and view["segments"][-1]["name"] == "everything else"
     assert sum(segment["gib"] for segment in view["segments"]) == pytest.approx(15.0)
 
 
 @pytest.mark.parametrize("plan", [{}, {"lines": 3, "peak_gib": "x"}, {"lines": [None, {"gib": -1}, {"gib": "a", "phase": []}], "usable_gib": math.inf}])
 def test_a_damaged_plan_costs_only_itself(plan):
-    view = facts.memory(state_of(STARTED), plan)
+    view = memory(state_of(STARTED), plan)
     assert view["segments"] == [] and view["peak"] is None and view["scale"] > 0
-    assert "N/A" not in facts.memory_words(view)
+    assert "N/A" not in memory_words(view)
 
 
 def test_the_head_of_every_state():
@@ -131,7 +133,120 @@ def test_the_head_of_every_state():
 def test_exact_match_is_told_before_and_after(full_state):
     assert facts.exact_match(full_state) == "2 % → 94 %" and "200" in facts.exact_match_count(full_state)
     assert facts.exact_match(state_of(STARTED, {"event": "eval", "step": 0, "loss": 1.0})) == ""
-    assert facts.broken(full_state) == "1 NaN, first at step 7"
+    series = Series()
+    series.take(full_state)
+    assert facts.badge(series) == "1 NaN, first at step 7"
+
+
+# what the pool holds
+
+
+def reading(**fields):
+    base = {"event": "memory", "process_bytes": 3 * 2**30, "total_bytes": 24 * 2**30, "available_bytes": 14 * 2**30, "free_bytes": 6 * 2**30}
+    return {**base, "cached_bytes": 9 * 2**30, "swap_used_bytes": 0, "pressure_percent": 0.0, **fields}
+
+
+def test_the_pool_closes_on_its_total_and_names_others():
+    view = memory(state_of(STARTED, reading(others={"java <b>": 2 * 2**30, "huge": 90 * 2**30, "odd": None})), PLAN)
+    pool = view["pool"]
+    assert sum(segment["gib"] for segment in pool["segments"]) + 6 == pytest.approx(24), "free is the rest of the track"
+    assert [segment["hatched"] for segment in pool["segments"]] == [False, False, True], "what is counted twice does not overflow the books"
+    assert {"this run", "huge"} <= {segment["name"] for segment in pool["segments"]} and pool["text"] == "14.0 GiB of 24.0 GiB available"
+    assert "page cache" in view["words"] and memory(state_of(STARTED, {"event": "memory", "process_bytes": 1e9}), PLAN)["pool"] is None
+    calm = memory(state_of(STARTED, reading(others={"java": 2 * 2**30})), PLAN)["pool"]
+    assert [(segment["name"], segment["gib"]) for segment in calm["segments"]][:3] == [("this run", 3), ("java", 2), ("everything else", 4)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "level", "words"),
+    [
+        ({}, "good", "14 GiB available"),
+        ({"available_bytes": 0.5 * 2**30, "floor_bytes": 2**30}, "bad", "512 MiB available"),
+        ({"pressure_percent": 25.0}, "warn", "tasks wait for memory 25 %"),
+        ({"available_bytes": None}, "", ""),
+    ],
+)
+def test_the_light_has_its_reason(fields, level, words):
+    light = memory(state_of(STARTED, reading(**fields)), PLAN)["light"]
+    assert light["level"] == level and words in light["reason"]
+
+
+def test_swapping_shows_before_anything_else_does():
+    state = state_of(STARTED, reading(time=1000.0), reading(time=1010.0, swap_used_bytes=2**30))
+    assert memory(state, PLAN)["light"]["reason"] == "1.00 GiB went to swap in the last 30 s"
+    later = state_of(STARTED, reading(time=1000.0), reading(time=1010.0, swap_used_bytes=2**30), reading(time=1100.0, swap_used_bytes=2**30))
+    assert memory(later, PLAN)["light"]["level"] == "good", "what lies in swap is not swapping"
+
+
+# figures under the curves
+
+
+def test_speed_is_told_with_what_holds_it_back():
+    state = state_of(STARTED, *({**step, "wait_seconds": 0.0025} for step in steps(20)))
+    note = facts.figures(state, {"tokens_per_second": [100.0, 100_000.0]})["speed_note"]
+    assert note == "10 % of roofline, 25 % data wait"
+    assert facts.figures(state, {"tokens_per_second": [1.0, 50.0]})["speed_note"].startswith("above the roofline: a counting error")
+    assert facts.figures(state_of(STARTED, *steps(3)), {})["speed_note"] == "not counting padding"
+
+
+def test_the_clip_line_and_energy_have_their_words():
+    state = state_of(STARTED, *steps(4), {"event": "memory", "time": 1004.0, "watts": 60.0}, {"event": "memory", "time": 1034.0, "watts": 60.0})
+    figures = facts.figures(state, {}, clip=0.4)
+    assert figures["norm_note"] == "clipped at 0.4, 100 % of updates" and facts.figures(state, {}, clip=1.0)["norm_note"] == "clipped at 1, 0 % of updates"
+    assert (figures["energy"], figures["energy_note"]) == ("0.5 Wh", "4.5 J a token, processor only")
+    silent = state_of(STARTED, *steps(4))
+    assert facts.figures(silent, {"wh": [3.0, 12.0]})["energy_note"] == "not told here; planned 3 Wh to 12 Wh"
+    assert facts.figures(silent, {})["energy_note"] == "this box does not tell"
+
+
+def test_samples_stand_by_prompt_newest_first():
+    events = [{"event": "sample", "step": step, "prompt": prompt, "text": f"{prompt}{step}"} for step in range(1, 12) for prompt in "ab"]
+    view = facts.samples(state_of(STARTED, *events))
+    assert [group["prompt"] for group in view["groups"]] == ["b", "a"] and view["count"] == 22 and view["latest"] == "b11"
+    assert [answer["text"] for answer in view["groups"][1]["answers"]] == ["a11", "a10", "a9", "a8", "a7", "a6"]
+
+
+# curves of any length
+
+
+def series_of(state):
+    series = Series()
+    series.take(state)
+    return series
+
+
+def test_a_hundred_thousand_steps_are_as_few_rows_as_two_thousand():
+    losses = {54_321: 9.0, 60_000: None}
+    state = state_of(STARTED, *steps(100_000, total=100_000, loss=lambda i: losses.get(i, 1.0 + i % 2)))
+    series = series_of(state)
+    assert series.stride == 64 and len(series) == -(-100_000 // 64) <= MOST_ROWS
+    assert series.column("step")[-1] == 100_000 and max(series.column("high")) == 9.0 and min(series.column("low")) == 1.0
+    assert sum(series.column("broken")) == series.broken == 1 and series.first_broken == 60_000
+    assert series.spikes == 1 and series.last_spike == 54_321
+    assert series.column("loss")[10] == pytest.approx(1.5) and len(series.all()) == len(series) * 9 * 4
+
+
+def test_rows_grown_step_by_step_are_those_of_the_whole():
+    state, grown = state_of(STARTED), Series()
+    told = []
+    for event in steps(3 * MOST_ROWS, total=9999, loss=lambda i: 3.0 / i):
+        state.add({"time": 1.0, **event})
+        if event["step"] % 97 == 0 or event["step"] in (MOST_ROWS, MOST_ROWS + 1):
+            told.append(grown.take(state)[0])
+    grown.take(state)
+    assert grown.all() == series_of(state).all() and grown.take(state) == (len(grown), b"")
+    assert told.count(0) == 3, "all rows again where two become one"
+    assert [stride_of(n) for n in (0, 1, MOST_ROWS, MOST_ROWS + 1, 100_000)] == [1, 1, 1, 2, 64]
+
+
+def test_noise_is_no_spike_and_a_spike_is():
+    import random
+
+    draw = random.Random(3)
+    state = state_of(STARTED, *steps(2000, total=2000, loss=lambda i: 2 * math.exp(-i / 300) + 0.5 + draw.gauss(0, 0.1)))
+    assert series_of(state).spikes == 0
+    state.add({**steps(1, first=2001)[0], "loss": 6.0})
+    assert facts.badge(series_of(state)) == "1 spike, last at step 2,001"
 
 
 # side by side

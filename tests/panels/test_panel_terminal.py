@@ -90,7 +90,7 @@ def test_an_ascii_terminal_gets_question_marks():
 
 def test_the_summary_says_what_came_of_it(full_state):
     text = summary(full_state, PLAN)
-    assert "\x1b" not in text and len(text.splitlines()) == 8
+    assert "\x1b" not in text and len(text.splitlines()) == 9
     for words in ("Failed, step 60 of 100", "why ", "fix ", "best 0.400 at step 60", "2 % → 94 %", "peak 3.07 GiB of 3.20 GiB planned, 21.4 GiB usable"):
         assert words in text, words
     assert summary(state_of(), {}) == "Starting, no step yet, –"

@@ -50,7 +50,7 @@ def test_hostile_text_stays_text(full_state):
 
 def test_pictures_hold_shapes_only(full_state):
     pictures = [base64.b64decode(data).decode() for data in re.findall(r"base64,([^\"]+)\"", run_html(full_state, PLAN, "chat-1"))]
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     for picture in pictures:
         assert not re.search(r"<(script|style|text|image|foreignObject)|href|nan|inf", picture)
 
@@ -66,8 +66,8 @@ def test_it_says_what_the_live_panel_says(full_state):
         "1 NaN, first at step 7",
         "2 % → 94 %",
         "of 200 held-out answers",
-        "planned peak 3.20 GiB",
-        "measured peak 3.07 GiB",
+        "3.20 GiB",
+        "peak 3.07 GiB",
         "usable 21.4 GiB",
         "base weights",
         "What to do:",

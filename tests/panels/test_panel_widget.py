@@ -8,7 +8,7 @@ from scenes import HOSTILE, PLAN, STARTED, state_of, steps
 from sparklab.run.events import Event
 
 
-def rows(data, width=5):
+def rows(data, width=9):
     flat = array.array("f", data)
     return [tuple(flat[i : i + width]) for i in range(0, len(flat), width)]
 
@@ -29,17 +29,17 @@ def test_rows_come_once_and_in_full(panel):
         state.add(event)
     panel.update(state, PLAN)
     panel.update(state, PLAN)
-    assert [content for content, _ in panel.sent] == [{"kind": "rows", "from": 0}, {"kind": "rows", "from": 3}]
+    assert [content for content, _ in panel.sent] == [{"kind": "rows", "from": 0, "stride": 1}, {"kind": "rows", "from": 3, "stride": 1}]
     first, second = (rows(buffers[0]) for _, buffers in panel.sent)
     assert [row[0] for row in first + second] == [1, 2, 3, 4, 5]
-    assert first[1] == pytest.approx((2, 1.0, 1e-4, 0.5, 100 / 0.010002), rel=1e-6)
+    assert first[1] == pytest.approx((2, 1.0, 1.0, 1.0, 0, 1e-4, 0.5, 0.5, 100 / 0.010002), rel=1e-6)
     assert rows(panel.get_state()["history"]) == first + second
 
 
 def test_the_history_is_not_sent_with_anything_else(panel):
     panel.update(state_of(STARTED, *steps(3)), PLAN)
     assert panel.get_state("head").keys() == {"head"} and panel.history == b""
-    assert len(panel.get_state(["history"])["history"]) == 3 * 5 * 4
+    assert len(panel.get_state(["history"])["history"]) == 3 * 9 * 4
 
 
 def test_a_resume_sends_the_history_anew(panel):
@@ -84,18 +84,18 @@ def test_what_reaches_the_page_is_cleaned_and_json(panel, full_state: Event):
     panel.update(full_state, PLAN)
     seen = repr([panel.head, panel.samples, panel.notes, panel.memory, panel.curve, panel.figures])
     assert "alert(2)" in seen and "nan" not in seen.replace("NaN", "")
-    assert not set("\x1b\x00\u202e\udc80") & set("".join(panel.samples[0].values()) + panel.head["reason"] + panel.notes[0]["text"])
+    assert not set("\x1b\x00\u202e\udc80") & set(repr(panel.samples) + panel.head["reason"] + panel.notes[0]["text"])
     assert HOSTILE not in panel.head["reason"]
 
 
 def test_buttons_reach_the_handler_and_are_counted(widget_class):
     asked = []
-    widget = widget_class(on_command=asked.append)
+    widget = widget_class(on_command=lambda command, details: asked.append((command, details)))
     widget._receive(widget, {"command": "stop"}, [])
     widget._receive(widget, {"command": "history"}, [])
     for rubbish in ("stop", {}, {"command": 3}, None):
         widget._receive(widget, rubbish, [])
-    assert asked == ["stop"] and widget.ack["count"] == 1
+    assert asked == [("stop", {})] and widget.ack["count"] == 1
     widget.acknowledge("Stopping…", ["stop"])
     assert widget.ack == {"text": "Stopping…", "waiting": ["stop"], "count": 1}
     widget.close()

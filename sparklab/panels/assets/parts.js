@@ -135,15 +135,15 @@ function nearest(xs, count, x) {
 
 /** Float rows that grow: append(bytes) takes little-endian float32 rows; column(i) is a view of one figure over all rows. */
 class Rows {
-  constructor(width) { this.width = width; this.clear(); }
+  constructor(width) { this.width = width; this.stride = 1; this.clear(); }
   clear() { this.count = 0; this.columns = Array.from({ length: this.width }, () => new Float32Array(1024)); }
-  append(view, skip = 0) {
+  append(view) {
     const floats = new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
     const rows = Math.floor(floats.length / this.width);
     while (this.columns[0].length < this.count + rows) {
       this.columns = this.columns.map((old) => { const grown = new Float32Array(old.length * 2); grown.set(old); return grown; });
     }
-    for (let row = skip; row < rows; row++, this.count++) {
+    for (let row = 0; row < rows; row++, this.count++) {
       for (let index = 0; index < this.width; index++) this.columns[index][this.count] = floats[row * this.width + index];
     }
   }
@@ -159,9 +159,30 @@ function onTheme(callback) {
   return () => { observer.disconnect(); query.removeEventListener("change", callback); };
 }
 
+/** Paints at most once a frame, and only while the panel can be seen; tell(seen) hears of it, at rest, when it goes out of sight or comes back. */
+function painter(root, paint, tell) {
+  let due = 0, dirty = false, near = false, said = null, timer = 0;
+  const seen = () => near && !document.hidden;
+  const ask = () => {
+    dirty = true;
+    if (!due && seen()) due = requestAnimationFrame(() => { due = 0; if (seen()) { dirty = false; paint(); } });
+  };
+  const check = () => {
+    clearTimeout(timer);
+    if (seen() !== said) timer = setTimeout(() => { said = seen(); tell(said); }, seen() ? 0 : 1500);
+    if (seen() && dirty) ask();
+  };
+  const observer = new IntersectionObserver((entries) => { near = entries[entries.length - 1].isIntersecting; check(); }, { rootMargin: "200px" });
+  observer.observe(root);
+  document.addEventListener("visibilitychange", check);
+  return { ask, stop: () => { cancelAnimationFrame(due); clearTimeout(timer); observer.disconnect(); document.removeEventListener("visibilitychange", check); } };
+}
+
 /** Keeps the live panel where its twin stands: an output drawn anew brings a new twin, and a kernel that is gone leaves the twin alone. */
 function dwell(root, home) {
   let still = [], place = null, focus = null;
+  const scrolled = new Map(); // an element that is moved forgets how far it was scrolled
+  root.addEventListener("scroll", (event) => { if (root.isConnected) scrolled.set(event.target, event.target.scrollTop); }, true);
   root.addEventListener("focusin", (event) => { focus = event.target; });
   document.addEventListener("pointerdown", (event) => { if (!root.contains(event.target)) focus = null; }, true);
   const settle = () => {
@@ -170,6 +191,7 @@ function dwell(root, home) {
     if (!found) return;
     place = found; still = [...found.childNodes];
     found.replaceChildren(root);
+    for (const [node, top] of scrolled) node.scrollTop = top;
     if (focus && (document.activeElement === document.body || document.activeElement === null || document.activeElement.contains(root))) focus.focus({ preventScroll: true });
   };
   const observer = new MutationObserver(settle);
