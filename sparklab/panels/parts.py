@@ -273,10 +273,8 @@ def fold(name: str, aside: str, body: str, *, is_open: bool = False) -> str:
 
 def legend(segments: Iterable[dict[str, Any]]) -> str:
     """The name and text of each segment beside its colour, hatched where it is; escaped."""
-    shown = "".join(
-        f'<span style="white-space:nowrap">{swatch(segment["colour"], hatched=segment.get("hatched", False))}{escape(segment["name"])} {faint(segment["text"])}</span> '
-        for segment in segments
-    )
+    squares = ((swatch(segment["colour"], hatched=segment.get("hatched", False)), segment) for segment in segments)
+    shown = "".join(f'<span style="white-space:nowrap">{square}{escape(one["name"])} {faint(one["text"])}</span> ' for square, one in squares)
     return f'<div style="display:flex;flex-wrap:wrap;gap:3px 16px;font-size:12px;margin:8px 0 0 0">{shown}</div>'
 
 

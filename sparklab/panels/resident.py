@@ -31,6 +31,7 @@ def _shell() -> Any:
     ipython = sys.modules.get("IPython")
     return ipython.get_ipython() if ipython is not None else None
 
+
 LOOKING_SECONDS: Final = 12.0
 """How long a page that said it looks is believed; it says so every five seconds, and a browser slows the clocks of a page in the background."""
 
