@@ -8,6 +8,7 @@ from support import write_chats
 from sparklab.box import calibration
 from sparklab.data.lesson import lesson
 
+os.environ["SPARKLAB_DATA_CACHE"] = "off"  # nor does one find what another has tokenised
 os.environ["SPARKLAB_CALIBRATION"] = "off"  # no test looks at what its machine has measured, or leaves something there
 
 

@@ -28,6 +28,8 @@ class DataReport:
     """Tokens of the longest record as tokenised, before truncation, held-out ones included."""
     truncated: int
     """Documents cut at max_length."""
+    split: int
+    """Documents longer than max_length that became several, each learned token in one of them."""
     dropped: int
     """Records left out because they were longer than max_length."""
     unsupervised: int
@@ -67,6 +69,7 @@ class DataReport:
         found = list(self.template_warnings)
         for count, what in (
             (self.truncated + self.held_out_truncated, "documents were cut at max_length, and with the end their last answer's end-of-turn"),
+            (self.split, "documents were split at max_length: what comes later does not see what came before"),
             (self.skipped, "records cannot be used and were skipped (on_bad='skip'; skipped.jsonl in the run directory names them)"),
             (self.dropped, "records were left out, being longer than max_length"),
             (self.unsupervised, "records were left out, having no token to learn"),

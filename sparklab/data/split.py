@@ -3,59 +3,77 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from sparklab.data.record import Record
 from sparklab.errors import DataError
 
+if TYPE_CHECKING:
+    import numpy as np
 
-@dataclass(frozen=True)
-class Split:
-    """Records to learn from and records to be asked about, each in the order of their file."""
-
-    train: list[Record]
-    held_out: list[Record]
-    duplicates: int
-    """Records to learn from that repeat an earlier one word for word."""
-    overlap: int
-    """Held-out records that are also among those learned from; more than 0 only with a held-out file of its own."""
+    Array = np.ndarray[Any, Any]
 
 
-def split_share(chats: Sequence[Record], share: float, seed: int) -> Split:
-    """Hold out ``share`` (0 to 1) of the records: at least one and never all; none where share is 0.
+def split_share(keys: Array, share: float, seed: int) -> Array:
+    """Which records are held out, as booleans: ``share`` (0 to 1) of them, at least one and never all; none where share is 0.
 
-    The same words always land on the same side, so no held-out record was learned under another line number. Which side is decided by a
-    hash of the words and the seed: shuffling the file changes nothing, and adding records moves only a few at the margin.
-    Raises :class:`DataError` where there are not two different records to divide.
+    ``keys`` are sixteen bytes a record, the same for the same words: those always land on the same side, so no held-out record was learned
+    under another line number. Which side is decided by a hash of the words and the seed: shuffling the file changes nothing, and adding
+    records moves only a few at the margin. Raises :class:`DataError` where there are not two different records to divide.
     """
+    import numpy as np  # noqa: PLC0415
+
+    count = len(keys)
     if share <= 0:
-        return Split(list(chats), [], _duplicates(chats), 0)
-    sizes: defaultdict[bytes, int] = defaultdict(int)
-    for chat in chats:
-        sizes[chat.key] += 1
-    if len(sizes) < 2:
-        raise DataError(f"{len(chats)} records, {len(sizes)} of them different: none can be held out", "add records, or train without: held_out=0")
-    wanted = min(max(round(share * len(chats)), 1), len(chats) - 1)
-    by_chance = sorted(sizes, key=lambda key: hashlib.blake2b(key, key=str(seed).encode(), digest_size=8).digest())
-    held: set[bytes] = set()
+        return np.zeros(count, bool)
+    groups, first = group(keys)
+    if len(first) < 2:
+        raise DataError(f"{count} records, {len(first)} of them different: none can be held out", "add records, or train without: held_out=0")
+    wanted = min(max(round(share * count), 1), count - 1)
+    secret = str(seed).encode()
+    digests = b"".join(hashlib.blake2b(key.tobytes(), key=secret, digest_size=8).digest() for key in keys[first])
+    by_chance = np.argsort(np.frombuffer(digests, ">u8"), kind="stable")
+    sizes = np.bincount(groups)
+    held = np.zeros(len(first), bool)
     room = wanted
-    for key in by_chance:
-        if sizes[key] <= room:
-            held.add(key)
-            room -= sizes[key]
-    if not held:  # every record repeats more often than wanted: the smallest group is the nearest to it
-        held.add(min(by_chance, key=sizes.__getitem__))
-    train = [chat for chat in chats if chat.key not in held]
-    return Split(train, [chat for chat in chats if chat.key in held], _duplicates(train), 0)
+    for at, size in zip(by_chance.tolist(), sizes[by_chance].tolist(), strict=True):
+        if size <= room:
+            held[at] = True
+            room -= size
+            if not room:
+                break
+    if not held.any():  # every record repeats more often than wanted: the smallest group is the nearest to it
+        held[by_chance[np.argmin(sizes[by_chance])]] = True
+    chosen: Array = held[groups]
+    return chosen
 
 
-def split_file(chats: Sequence[Record], held_out: Sequence[Record]) -> Split:
-    """A held-out set from a file of its own; what it shares with the training records is counted, not removed."""
-    learned = {chat.key for chat in chats}
-    return Split(list(chats), list(held_out), _duplicates(chats), sum(chat.key in learned for chat in held_out))
+def group(keys: Array) -> tuple[Array, Array]:
+    """For each key the number of its group of equal ones, and where the first of each group stands; groups are numbered as they appear."""
+    import numpy as np  # noqa: PLC0415
+
+    halves = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 2)
+    order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal keys stay in the order of the file
+    ordered = halves[order]
+    starts = np.ones(len(keys), bool)
+    starts[1:] = (ordered[1:] != ordered[:-1]).any(1)
+    sorted_groups = np.cumsum(starts) - 1
+    first = order[starts]  # of each group as sorted, the place of its first member
+    by_appearance = np.argsort(first, kind="stable")
+    renumbered = np.empty(len(first), np.int64)
+    renumbered[by_appearance] = np.arange(len(first))
+    groups = np.empty(len(keys), np.int64)
+    groups[order] = renumbered[sorted_groups]
+    return groups, first[by_appearance]
 
 
-def _duplicates(chats: Sequence[Record]) -> int:
-    return len(chats) - len({chat.key for chat in chats})
+def duplicates(keys: Array) -> int:
+    """How many records repeat an earlier one word for word."""
+    return len(keys) - len(group(keys)[1])
+
+
+def overlap(keys: Array, others: Array) -> int:
+    """How many of ``others`` are word for word among ``keys``."""
+    import numpy as np  # noqa: PLC0415
+
+    groups, _ = group(np.concatenate([keys, others]))
+    return int(np.isin(groups[len(keys) :], groups[: len(keys)]).sum())

@@ -316,12 +316,6 @@ def truncated(document: Document, max_length: int) -> Document:
     return Document(document.input_ids[:max_length], document.labels[:max_length])
 
 
-def pieces(document: Document, max_length: int) -> list[Document]:
-    """The document cut into pieces of at most ``max_length`` tokens; the first token of a piece has nothing before it and is not learned."""
-    starts = range(0, len(document.input_ids), max_length)
-    return [Document(document.input_ids[start : start + max_length], [IGNORED, *document.labels[start + 1 : start + max_length]]) for start in starts]
-
-
 def too_long(chat: Record, length: int, max_length: int) -> Fault:
     """The fault of a chat of ``length`` tokens where longer than ``max_length`` is an error."""
     fix = "raise max_length, or set on_long to 'truncate', 'split' or 'drop'"

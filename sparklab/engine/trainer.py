@@ -72,6 +72,11 @@ class FilledUp(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
         return self.blank if index == len(self.rows) else self.rows[index]
 
+    def lines(self, index: int) -> tuple[int, ...]:
+        """Where the documents of a row come from; nothing where that is not known."""
+        lines = getattr(self.rows, "lines", None)
+        return lines(index) if lines is not None and index < len(self.rows) else ()
+
 
 class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     """Trainer over packed rows: loss from hidden states, a mean over all supervised tokens of an update, checkpoints without pickles."""

@@ -83,9 +83,18 @@ class Session:
 
     def _prepare(self) -> None:
         self.events.write("phase", phase="prepare")
+        self._told = time.monotonic()
         self.tokenizer = load.load_tokenizer(self.recipe.model)
-        self.data: Prepared = prepare(self.recipe, self.tokenizer, self.directory.path / "skipped.jsonl")
+        self.data: Prepared = prepare(self.recipe, self.tokenizer, self.directory.path / "skipped.jsonl", self._tell_prepared)
         self.events.write("data", **self.data.report.to_dict())
+
+    def _tell_prepared(self, records: int, total: int | None) -> None:
+        """How far tokenising is, every two seconds."""
+        if time.monotonic() - self._told < 2:
+            return
+        self._told = time.monotonic()
+        detail = f"{records:,} records tokenised" if total is None else f"{records:,} of {total:,} records tokenised"
+        self.events.write("phase", phase="prepare", detail=detail, share=None if total is None else min(1.0, records / total))
 
     def _load(self) -> None:
         self.events.write("phase", phase="load")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from toy import chat_line, write_chats
 
 from sparklab.data import IGNORED, Document, Prepared, encode_chat, prepare, read_records
@@ -89,7 +93,7 @@ def test_the_same_recipe_gives_the_same_rows(tmp_path: Path, marked: Any) -> Non
     assert list(prepare(recipe(file), marked).train_rows) == list(first.train_rows)
     other = prepare(recipe(file, seed=1), marked)
     assert list(other.train_rows) != list(first.train_rows)
-    assert other.held_out_chats != first.held_out_chats
+    assert list(other.held_out_chats) != list(first.held_out_chats)
 
 
 LONG = "There are apples. " * 60
@@ -109,6 +113,45 @@ def test_long_records(tmp_path: Path, marked: Any) -> None:
     with pytest.raises(DataError, match=r"2 of 10 records cannot be used \(2 longer than max_length 64\)") as caught:
         prepare(recipe(file, max_length=64, held_out=0, on_long="error"), marked)
     assert f"{file}:9" in caught.value.fact
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(2, 40), st.integers(0, 2))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_split_documents_are_learned_as_often_as_whole_ones(marked: Any, words: list[int], max_length: int, seed: int) -> None:
+    """Every learned token once, from what stood before it in its piece; pieces are never longer than max_length, and laid together the whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "chats.jsonl"
+        file.write_text("\n".join(chat_line(f"q{index}", "apples " * count) for index, count in enumerate(words)), encoding="utf-8")
+        whole = prepare(recipe(file, held_out=0, max_length=2048, micro_batch_tokens=2048), marked)
+        asked = recipe(file, held_out=0, max_length=max_length, micro_batch_tokens=max(max_length, 64), on_long="split", seed=seed)
+        cut = prepare(asked, marked)
+    assert cut.report.supervised == whole.report.supervised
+    assert max(map(len, (ids for ids, _ in documents(cut.train_rows)))) <= max_length
+    long = [ids for ids, _ in documents(whole.train_rows) if len(ids) > max_length]
+    assert cut.report.split == len(long)
+    learned = Counter(label for row in cut.train_rows for label in row.labels if label != IGNORED)
+    assert learned == Counter(label for row in whole.train_rows for label in row.labels if label != IGNORED)
+    wholes = [" ".join(map(str, ids)) for ids, _ in documents(whole.train_rows)]
+    assert all(any(" ".join(map(str, ids)) in text for text in wholes) for ids, _ in documents(cut.train_rows))
+
+
+def test_pieces_overlap_by_the_token_that_is_read_again(tmp_path: Path, marked: Any) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(chat_line("q", "apples " * 40), encoding="utf-8")
+    (whole,) = prepare(recipe(file, held_out=0), marked).train_rows
+    cut = prepare(recipe(file, held_out=0, max_length=10, micro_batch_tokens=10, on_long="split"), marked)
+    total, pieces = len(whole.input_ids), cut.train_rows.slices
+    assert pieces.starts.tolist() == list(range(0, total - 1, 9))
+    assert pieces.lengths.tolist() == [10] * (len(pieces) - 1) + [total - 9 * (len(pieces) - 1)]
+    assert cut.report.tokens == len(whole.input_ids) + len(pieces) - 1
+    assert any("were split" in warning for warning in cut.report.warnings)
+
+
+def test_rows_know_their_lines(tmp_path: Path, marked: Any) -> None:
+    rows = prepare(recipe(write_chats(tmp_path / "chats.jsonl", 40), held_out=0), marked).train_rows
+    lines = [rows.lines(index) for index in range(len(rows))]
+    assert sorted(line for each in lines for line in each) == list(range(1, 41))
+    assert [len(each) for each in lines] == [row.documents for row in rows]
 
 
 @pytest.mark.parametrize("on_long", ["truncate", "drop"])
@@ -142,7 +185,7 @@ def test_held_out_file(tmp_path: Path, marked: Any) -> None:
 
 def test_nothing_held_out(tmp_path: Path, marked: Any) -> None:
     prepared = prepare(recipe(write_chats(tmp_path / "chats.jsonl", 20), held_out=0), marked)
-    assert (len(prepared.held_out_rows), prepared.held_out_chats, prepared.report.documents) == (0, [], 20)
+    assert (len(prepared.held_out_rows), list(prepared.held_out_chats), prepared.report.documents) == (0, [], 20)
 
 
 def test_what_the_report_warns_of(tmp_path: Path, marked: Any) -> None:
