@@ -13,7 +13,7 @@ from torch import nn
 from sparklab.data.encode import Encoder
 from sparklab.model.anatomy import Anatomy
 from sparklab.model.load import causal_lm
-from sparklab.planner.ledger import answers_at_once
+from sparklab.planner.items import answers_at_once
 from sparklab.planner.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -28,11 +28,16 @@ from sparklab.planner.recipe import Recipe
 Held = Counter[tuple[int | None, str]]
 """Bytes by holder: (number of the layer, or None outside the layers; what it is)."""
 
+
+def _unpacked(tensor: Tensor, _: Tensor, shape: list[int], *__: Any, absmax_8bit: Tensor | None = None, **___: Any) -> int:
+    """bitsandbytes unpacks the weight [outputs, inputs] into the input's type, and where they are 8-bit its constants into fp32."""
+    return prod(shape) * tensor.element_size() + (0 if absmax_8bit is None else absmax_8bit.numel() * 4)
+
+
 INSIDE: Final[dict[str, Callable[..., int]]] = {
     # subtracts the largest and exponentiates, in a copy of its input
-    "aten::logsumexp": lambda tensor, *_: tensor.numel() * tensor.element_size(),
-    # unpacks the weight [outputs, inputs] into the input's type, unless the input is short
-    "bitsandbytes::gemm_4bit": lambda tensor, _, shape, *__: prod(shape) * tensor.element_size(),
+    "aten::logsumexp": lambda tensor, *_, **__: tensor.numel() * tensor.element_size(),
+    "bitsandbytes::gemm_4bit": _unpacked,
 }
 """Bytes that a kernel allocates inside itself and frees before it returns, from its arguments: no operation returns them."""
 
@@ -94,14 +99,16 @@ class Books(StorageTracker):
             self.moments[-1] = Moment(last.name, last.layer, self._held.copy())
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inside = INSIDE.get(operation.name().split(".")[0])
-        if inside is not None:
-            self._count(0, inside(*args))
-            self._count(0, -inside(*args))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
         with unset_fake_temporarily() if real else nullcontext():  # type: ignore[no-untyped-call]
-            return super().__torch_dispatch__(operation, types, args, kwargs)
+            result = super().__torch_dispatch__(operation, types, args, kwargs)
+        inside = INSIDE.get(operation.name().split(".")[0])
+        if inside is not None:  # beside what it returns
+            size = inside(*args, **(kwargs or {}))
+            self._count(0, size)
+            self._count(0, -size)
+        return result
 
 
 def longest_row(recipe: Recipe) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparklab.planner.ledger import CHUNK_TOKENS
+from sparklab.planner.items import CHUNK_TOKENS
 
 IGNORE = -100
 

@@ -28,7 +28,7 @@ from sparklab.engine.fast import ready_model
 from sparklab.errors import ModelError
 from sparklab.model.blank import on_meta
 from sparklab.model.load import causal_lm, decoder_layers, keep_trainable, set_checkpointing
-from sparklab.planner.ledger import runtime, slack
+from sparklab.planner.items import runtime, slack
 from sparklab.planner.recipe import Recipe
 from sparklab.planner.traced import Traced, TracedLine
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 from sparklab.model.parts import Activation, Attention, Experts, Latent, Linear, Norm, Part, Product, Residual, Rotary, Router, Scale, Split
 from sparklab.planner import kernels, mixtures
 from sparklab.planner.kernels import Backward, Engine
-from sparklab.planner.tape import Tape
+from sparklab.planner.tape import Peak, Tape
 
 RUN: Final[dict[type[Part], Callable[[Any, Tape, Engine, bool, set[str]], Backward]]] = {
     Linear: kernels.linear, Norm: kernels.norm, Rotary: kernels.rotary, Attention: kernels.attention, Activation: kernels.pointwise,
@@ -25,22 +25,65 @@ RUN: Final[dict[type[Part], Callable[[Any, Tape, Engine, bool, set[str]], Backwa
 """For each kind of part: its forward pass now, its backward pass as what is returned."""
 
 
-@dataclass(frozen=True)
 class LayerBytes:
-    """One layer, bytes per token."""
+    """One layer, bytes per token. Each pass is acted out when it is first asked for."""
 
-    stream: float
-    """The tensor between two layers."""
+    def __init__(self, parts: tuple[Part, ...], engine: Engine, input_needs_grad: bool) -> None:
+        self._parts, self._engine = parts, engine
+        self._grads = {"x"} if input_needs_grad else set()
+        self.stream = float(_width(parts) * engine.compute_bytes)
+        """The tensor between two layers."""
+
+    @cached_property
+    def plain(self) -> Peak:
+        """Most held while running forward without gradients."""
+        tape = Tape()
+        tape.hold("x", self.stream)
+        _forward(self._parts, tape, self._engine, False, set())
+        return tape.peak
+
+    @cached_property
+    def training(self) -> Training:
+        """Forward, and backward from what was kept."""
+        tape = Tape()
+        tape.hold("x", self.stream)
+        start = tape.moved
+        undo = _forward(self._parts, tape, self._engine, True, set(self._grads))
+        keeps_input = tape.is_shared("x")
+        tape.drop("x")
+        tape.drop("y")
+        kept, forward, moved_forward = tape.now, tape.peak, tape.moved - start
+        tape.hold("d:y", self.stream)
+        start = tape.moved
+        return Training(kept, keeps_input, forward, _backward(undo, tape), moved_forward, tape.moved - start)
+
+    @cached_property
+    def recompute(self) -> tuple[Peak, ...]:
+        """As :attr:`Training.backward` where the layer is checkpointed; the first figure is that of running forward again."""
+        parts, engine = self._parts, self._engine
+        tape = Tape()  # starts with the checkpoint and the gradient from above
+        tape.hold("x", self.stream)
+        tape.hold("d:y", self.stream)
+        _before_recomputing(parts, tape, engine)
+        undo = _forward(parts, tape, engine, True, set(self._grads))
+        last = _last_kernel(parts)
+        again = tape.marked if isinstance(last, Linear) and last.name in engine.adapted else tape.peak
+        tape.drop_any("y", "d:first", "d:second")
+        return (again, *_backward(undo, tape))
+
+
+@dataclass(frozen=True)
+class Training:
+    """One layer in training, bytes per token."""
+
     kept: float
     """Held from the forward pass for the backward pass."""
-    forward: float
-    """Most held while running forward in training, input and what is kept included."""
-    plain: float
-    """Most held while running forward without gradients."""
-    backward: tuple[float, ...]
+    keeps_input: bool
+    """The tensor that came in is among that."""
+    forward: Peak
+    """Most held while running forward, input and what is kept included."""
+    backward: tuple[Peak, ...]
     """Most held in each part's backward pass, last part first, what the layer kept included."""
-    recompute: tuple[float, ...]
-    """The same where the layer is checkpointed; the first figure is that of running forward again."""
     moved_forward: float
     """Memory traffic of the forward pass."""
     moved_backward: float
@@ -49,34 +92,8 @@ class LayerBytes:
 
 @lru_cache(maxsize=512)
 def layer_bytes(parts: tuple[Part, ...], engine: Engine, input_needs_grad: bool = True) -> LayerBytes:
-    """Acts out one layer: forward with and without saving, backward from kept tensors, backward after recomputation."""
-    stream = float(_width(parts) * engine.compute_bytes)
-    carries = {"x"} if input_needs_grad else set()
-    plain = Tape()
-    plain.hold("x", stream)
-    _forward(parts, plain, engine, False, set())
-
-    train = Tape()
-    train.hold("x", stream)
-    start = train.moved
-    undo = _forward(parts, train, engine, True, set(carries))
-    train.drop("x")
-    train.drop("y")
-    kept, forward, moved_forward = train.now, train.peak, train.moved - start
-    train.hold("d:y", stream)
-    start = train.moved
-    backward = _backward(undo, train)
-    moved_backward = train.moved - start
-
-    again = Tape()  # starts with the checkpoint and the gradient from above
-    again.hold("x", stream)
-    again.hold("d:y", stream)
-    _before_recomputing(parts, again, engine)
-    undo = _forward(parts, again, engine, True, set(carries))
-    last = _last_kernel(parts)
-    recompute = again.marked if isinstance(last, Linear) and last.name in engine.adapted else again.peak
-    again.drop_any("y", "d:first", "d:second")
-    return LayerBytes(stream, kept, forward, plain.peak, backward, (recompute, *_backward(undo, again)), moved_forward, moved_backward)
+    """One layer, acted out: forward with and without saving, backward from kept tensors, backward after recomputation."""
+    return LayerBytes(parts, engine, input_needs_grad)
 
 
 def _before_recomputing(parts: tuple[Part, ...], tape: Tape, engine: Engine) -> None:
@@ -150,11 +167,11 @@ def _let_go(held: list[str], tape: Tape, last: dict[str, int], index: int) -> No
             held.remove(name)
 
 
-def _backward(undo: list[Backward], tape: Tape) -> tuple[float, ...]:
+def _backward(undo: list[Backward], tape: Tape) -> tuple[Peak, ...]:
     """Runs the backward passes, last part first; the most held in each."""
     peaks = []
     for step in reversed(undo):
-        tape.peak = tape.now
+        tape.restart()
         step(tape)
         peaks.append(tape.peak)
     return tuple(peaks)

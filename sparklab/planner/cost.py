@@ -70,7 +70,7 @@ def moved_bytes(ledger: Ledger) -> float:
     head = 2.0 * anatomy.vocabulary * anatomy.hidden * ledger.width * max(1.0, ledger.tokens / 1024)
     layers = 0.0
     for index, layer in enumerate(ledger.layer_list):
-        layers += layer.moved_forward * (2 if index < ledger.checkpointed else 1) + layer.moved_backward
+        layers += layer.training.moved_forward * (2 if index < ledger.checkpointed else 1) + layer.training.moved_backward
     optimizer = 7.0 * ledger.trainable * ledger.trained_width / ledger.recipe.micro_batches_per_update
     return (linears * each + experts * ledger.width) * passes + head + layers * ledger.tokens + optimizer
 

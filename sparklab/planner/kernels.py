@@ -37,6 +37,10 @@ class Engine:
     """Adapters in fp32 run in bf16: each keeps a bf16 copy of its input and no wider tensor, as stock PEFT under ``torch.autocast``."""
     repeats_heads: bool = False
     """Attention with a padding mask: keys and values are repeated for every query head."""
+    unpacked_bytes: float = 0.0
+    """Bytes of a number of a 4-bit weight while it is unpacked; 0: the base is not in 4 bits."""
+    constant_bytes: float = 0.0
+    """Bytes a number of its constants, unpacked before it; 0 where they are fp32 already."""
     tokens: int = 1
     """Tokens in a row: what is held however many there are is shared out among them."""
     longest: int = 1
@@ -48,7 +52,12 @@ def linear(part: Linear, tape: Tape, engine: Engine, saves: bool, grads: set[str
     b, a = engine.compute_bytes, engine.adapter_bytes
     adapted, needs_grad = part.name in engine.adapted, part.reads in grads
     source, low, out = f"{part.name}:input", f"{part.name}:low", part.outputs
+    numbers = part.inputs * part.outputs / engine.tokens  # of a weight, shared out among the tokens
+    unpacked, constants = engine.unpacked_bytes * numbers, engine.constant_bytes * numbers
     tape.hold(part.writes, b * out)
+    if unpacked:
+        tape.unpack(unpacked, constants)
+        tape.pack()
     if adapted:
         _adapter_forward(part, tape, engine, needs_grad)
         if not saves:
@@ -73,10 +82,13 @@ def linear(part: Linear, tape: Tape, engine: Engine, saves: bool, grads: set[str
                 tape.accumulate(below, b * part.inputs)
                 tape.drop("wide")
             elif needs_grad:
-                tape.accumulate(below, b * part.inputs)
+                tape.accumulate(below, b * part.inputs, viewed=not engine.dropout_mask_bytes)
             tape.drop_any("d:low", source, source + ":dropped")
         if needs_grad:
-            tape.accumulate(below, b * part.inputs)
+            if unpacked:
+                tape.unpack(unpacked, constants)
+            tape.accumulate(below, b * part.inputs, viewed=not unpacked)
+            tape.pack()
         if engine.train_base:
             tape.drop(source)
         tape.drop(gradient)
@@ -332,7 +344,7 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
 
 
 def has_fixed_bytes(parts: tuple[Part, ...]) -> bool:
-    """Whether some bytes of these parts do not grow with the row: blocks of scores, a router's weight in fp32."""
+    """Whether some bytes of these parts do not grow with the row: blocks of scores, a router's weight in fp32. (Unpacked weights are others.)"""
     return any(isinstance(part, Router) or (isinstance(part, Attention) and (part.window or part.capped or part.sinks)) for part in parts)
 
 

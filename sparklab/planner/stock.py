@@ -13,7 +13,8 @@ from typing import Final
 from sparklab.box import Box
 from sparklab.errors import RecipeError
 from sparklab.model.anatomy import Anatomy
-from sparklab.planner.ledger import Item, Ledger
+from sparklab.planner.items import Item
+from sparklab.planner.ledger import Ledger
 from sparklab.planner.recipe import Recipe
 
 # Most bytes held for one logit, by transformers version. Traced on 5.23 (10 forward, 12 backward); derived for the older ones: logits in fp32, a shifted

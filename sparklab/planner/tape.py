@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+
+class Peak(NamedTuple):
+    """The most bytes held at once."""
+
+    size: float
+    unpacked: float = 0.0
+    """Of these a 4-bit weight while it is unpacked."""
+
 
 class _Storage:
-    __slots__ = ("references", "size")
+    __slots__ = ("references", "size", "viewed")
 
-    def __init__(self, size: float) -> None:
+    def __init__(self, size: float, viewed: bool) -> None:
         self.size = size
         self.references = 1
+        self.viewed = viewed
 
 
 class Tape:
@@ -17,20 +28,29 @@ class Tape:
     def __init__(self) -> None:
         self.now = 0.0
         """Bytes held."""
-        self.peak = 0.0
-        """The most bytes held at once."""
-        self.marked = 0.0
+        self.marked = Peak(0.0)
         """The peak when the last adapter's input and low-rank tensor were there: running a layer again ends with the last tensor kept."""
         self.moved = 0.0
         """Bytes written to and read from memory, each new tensor counted as written once and read once."""
+        self._peak = self._peak_unpacked = self._unpacked = 0.0
         self._names: dict[str, list[_Storage]] = {}
 
-    def hold(self, name: str, size: float) -> None:
-        """A new tensor of ``size`` bytes, referred to by ``name``."""
-        self._names.setdefault(name, []).append(_Storage(size))
+    @property
+    def peak(self) -> Peak:
+        """The most bytes held at once."""
+        return Peak(self._peak, self._peak_unpacked)
+
+    def restart(self) -> None:
+        """From here on the peak is that of what comes."""
+        self._peak, self._peak_unpacked = self.now, self._unpacked
+
+    def hold(self, name: str, size: float, viewed: bool = False) -> None:
+        """A new tensor of ``size`` bytes, referred to by ``name``; ``viewed``: in another shape than it was made in."""
+        self._names.setdefault(name, []).append(_Storage(size, viewed))
         self.moved += 2 * size
         self.now += size
-        self.peak = max(self.peak, self.now)
+        if self.now > self._peak:
+            self._peak, self._peak_unpacked = self.now, self._unpacked
 
     def share(self, name: str, old: str) -> None:
         """One more reference, called ``name``, to the storage of ``old``."""
@@ -64,14 +84,41 @@ class Tape:
     def has(self, name: str) -> bool:
         return name in self._names
 
+    def is_shared(self, name: str) -> bool:
+        """Whether anything but the name itself refers to its storage."""
+        return self._names[name][-1].references > 1
+
     def spike(self, size: float) -> None:
         """A temporary tensor of ``size`` bytes, gone at once."""
         self.moved += 2 * size
-        self.peak = max(self.peak, self.now + size)
+        if self.now + size > self._peak:
+            self._peak, self._peak_unpacked = self.now + size, self._unpacked
 
-    def accumulate(self, name: str, size: float) -> None:
-        """A contribution of ``size`` bytes to gradient ``name``: it becomes the gradient, or is added into it and goes."""
-        if self.has(name):
+    def unpack(self, size: float, constants: float) -> None:
+        """A 4-bit weight in full, ``size`` bytes, until :meth:`pack`; what its constants take beside it is gone at once. Their traffic is counted elsewhere."""
+        self.now += size
+        self._unpacked = size
+        if self.now + constants > self._peak:
+            self._peak, self._peak_unpacked = self.now + constants, size + constants
+
+    def pack(self) -> None:
+        """The unpacked weight goes."""
+        self.now -= self._unpacked
+        self._unpacked = 0.0
+
+    def accumulate(self, name: str, size: float, viewed: bool = False) -> None:
+        """A contribution of ``size`` bytes to gradient ``name``: it becomes the gradient, or is added to the one there is.
+
+        Autograd adds in place unless somebody else holds the tensor, or it is a view, whose base does.
+        """
+        if name not in self._names:
+            self.hold(name, size, viewed)
+            return
+        storage = self._names[name][-1]
+        if storage.references == 1 and not storage.viewed:
             self.spike(size)
-        else:
-            self.hold(name, size)
+            return
+        if self.now + 2 * size > self._peak:  # the old sum, the contribution and the new sum
+            self._peak, self._peak_unpacked = self.now + 2 * size, self._unpacked
+        self.drop(name)
+        self.hold(name, size)

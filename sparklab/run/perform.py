@@ -38,7 +38,7 @@ from sparklab.errors import SparklabError
 from sparklab.model import load
 from sparklab.model.anatomy import Anatomy
 from sparklab.model.blank import blank_base
-from sparklab.planner.ledger import answers_at_once
+from sparklab.planner.items import answers_at_once
 from sparklab.planner.recipe import Recipe
 from sparklab.units import NA, is_na, jsonable
 

@@ -20,7 +20,8 @@ from sparklab.errors import DoesNotFit, ModelError, ModelNotFound, RecipeError
 from sparklab.model.anatomy import Anatomy, from_config
 from sparklab.planner import Plan, PlanTable, Recipe, plan, recipes
 from sparklab.planner.activations import Engine, layer_bytes
-from sparklab.planner.ledger import PHASES, Ledger, answers_at_once
+from sparklab.planner.items import answers_at_once
+from sparklab.planner.ledger import PHASES, Ledger
 from sparklab.planner.tape import Tape
 from sparklab.units import GIB, NA, is_na
 
@@ -48,11 +49,11 @@ def test_bytes_kept_by_a_layer_of_llama_8b() -> None:
     names = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
     for adapter_bytes, kept in ((2, 184_680), (4, 295_496)):
         engine = Engine(2, adapter_bytes, 16, names, train_base=False, dropout_mask_bytes=0, joins_documents=False)
-        assert layer_bytes(parts, engine).kept == kept
+        assert layer_bytes(parts, engine).training.kept == kept
     h, f, q, k = 4096, 14336, 4096, 1024
     frozen = 8 * h + 8 + 4 * q + 4 * k + 4 * 32 + 6 * f
-    assert layer_bytes(parts, Engine(2, 2, 0, frozenset(), False, 0, False)).kept == frozen
-    assert layer_bytes(parts, Engine(2, 2, 16, names, False, 0, False)).kept == frozen + 4 * h + 2 * f + 7 * 2 * 16
+    assert layer_bytes(parts, Engine(2, 2, 0, frozenset(), False, 0, False)).training.kept == frozen
+    assert layer_bytes(parts, Engine(2, 2, 16, names, False, 0, False)).training.kept == frozen + 4 * h + 2 * f + 7 * 2 * 16
 
 
 def test_lora_of_llama_8b_by_hand() -> None:
@@ -406,7 +407,30 @@ def test_the_tape_counts_every_storage_once() -> None:
     tape.spike(5)
     tape.hold("c", 1)
     tape.drop("b")
-    assert (tape.now, tape.peak, tape.moved) == (1, 15, 32)
+    assert (tape.now, tape.peak.size, tape.moved) == (1, 15, 32)
+
+
+def test_gradients_are_added_in_place_where_nobody_else_holds_them() -> None:
+    for viewed, shared, peak, left in ((False, False, 20, 10), (True, False, 30, 10), (False, True, 30, 20)):
+        tape = Tape()
+        tape.accumulate("d:a", 10, viewed)
+        if shared:
+            tape.share("d:b", "d:a")
+        tape.accumulate("d:a", 10)
+        assert (tape.peak.size, tape.now) == (peak, left)
+        tape.accumulate("d:a", 10)
+        assert tape.peak.size == max(peak, left + 10)  # the sum is nobody else's
+
+
+def test_an_unpacked_weight_is_told_apart() -> None:
+    tape = Tape()
+    tape.hold("a", 10)
+    tape.unpack(7, constants=2)
+    assert tape.peak == (19, 9)
+    tape.hold("b", 5)
+    tape.pack()
+    tape.hold("c", 6)
+    assert (tape.peak, tape.now) == ((22, 7), 21)
 
 
 def test_nothing_is_left_held_after_a_backward_pass() -> None:

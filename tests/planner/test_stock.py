@@ -36,13 +36,13 @@ def test_the_table_is_the_scripts() -> None:
 
 def test_bytes_kept_by_a_layer_as_traced_by_others() -> None:
     # all-linear r16 on 8B, bytes a token a layer: fp32 adapters without autocast, and with
-    assert ledger(Stack(autocast=False)).layer_list[1].kept == 295_496
+    assert ledger(Stack(autocast=False)).layer_list[1].training.kept == 295_496
     cast = ledger(Stack())
     copies = {item.name: item.size_bytes for item in cast.states}["adapters under autocast"]
     assert copies == 2 * 41_943_040
-    assert cast.layer_list[1].kept + copies / 32 / 2048 == 218_728  # theirs are of 2048 tokens
+    assert cast.layer_list[1].training.kept + copies / 32 / 2048 == 218_728  # theirs are of 2048 tokens
     # a padding mask repeats keys and values: 2 (q - k) numbers of 2 bytes
-    assert ledger(Stack(masked=True)).layer_list[1].kept - ledger(Stack()).layer_list[1].kept == 4 * (4096 - 1024)
+    assert ledger(Stack(masked=True)).layer_list[1].training.kept - ledger(Stack()).layer_list[1].training.kept == 4 * (4096 - 1024)
 
 
 def test_all_logits_at_once() -> None:

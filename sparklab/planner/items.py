@@ -1,0 +1,63 @@
+"""What ledgers are written in: items, moments, and the figures that more than one of them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from sparklab.box import Box
+from sparklab.model.anatomy import Anatomy
+from sparklab.units import GIB, MIB, is_na
+
+CHUNK_TOKENS: Final = 1024  # tokens whose logits the chunked loss makes at once
+ANSWERS_AT_ONCE: Final = 64  # most prompts answered together
+CACHE_BYTES: Final = 1.0 * GIB  # most keys and values held while answering, unless a single answer needs more
+CUBLAS_BYTES: Final = 32.0 * MIB  # its workspace on sm_9x, 10x and 12x, inside the allocator
+SLACK_SHARE: Final = 0.03  # reserved but not allocated, of what comes and goes; assumed until a rehearsal measures it
+
+
+def cache_bytes_per_token(anatomy: Anatomy, width: int) -> int:
+    """Bytes of a token's keys and values in all layers, at ``width`` bytes a number."""
+    return anatomy.cached_numbers * width
+
+
+def answers_at_once(anatomy: Anatomy, length: int, width: int) -> int:
+    """How many answers of at most ``length`` tokens, prompt included, are generated together: up to 64, while their cache stays within 1 GiB."""
+    return max(1, min(ANSWERS_AT_ONCE, int(CACHE_BYTES / (length * cache_bytes_per_token(anatomy, width)))))
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line before it is written out: the formula is only put together when somebody reads it."""
+
+    name: str
+    size_bytes: float
+    explain: Callable[[], str]
+
+
+def runtime(box: Box) -> Item:
+    """What is there before the first tensor."""
+    return Item("runtime", box.runtime_bytes, lambda: f"Python, torch, transformers, the device's context ({box.sources.get('runtime_bytes', 'assumed')})")
+
+
+def slack(box: Box, moving: float) -> tuple[Item, ...]:
+    """What libraries take from the allocator, and what it holds beyond what was asked of it; ``moving`` is in bytes, all that comes and goes."""
+    measured = not is_na(box.slack_share)
+    share = box.slack_share if measured else SLACK_SHARE
+    held = Item("allocator slack", share * moving, lambda: f"{share:.1%} of what comes and goes ({'measured' if measured else 'assumed'})")
+    if not box.is_gpu:
+        return (held,)
+    return (Item("library workspace", CUBLAS_BYTES, lambda: f"{CUBLAS_BYTES / MIB:.0f} MiB of cuBLAS, from the allocator"), held)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point in a phase, with what comes and goes there."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def size_bytes(self) -> float:
+        return sum(item.size_bytes for item in self.items)

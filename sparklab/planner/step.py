@@ -1,0 +1,176 @@
+"""The moments of a training step."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import accumulate
+
+from sparklab.model.parts import Experts, Linear, Part
+from sparklab.planner.holdings import Holdings
+from sparklab.planner.items import CHUNK_TOKENS, Item, Moment
+from sparklab.planner.tape import Peak
+
+
+class Step(Holdings):
+    """What comes and goes while a recipe trains."""
+
+    logits_bytes = 12.0  # most held for one logit where all are made at once: log-softmax, its gradient and the logits', in fp32
+
+    @cached_property
+    def _sums(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Bytes a token of the first n layers' inputs, and of all they keep, for n from 0 on."""
+        inputs = accumulate((layer.stream for layer in self.layer_list), initial=0.0)
+        return tuple(inputs), tuple(accumulate((layer.training.kept for layer in self.layer_list), initial=0.0))
+
+    def _kept(self, layers: int) -> tuple[Item, ...]:
+        """What the first ``layers`` layers keep for their backward pass."""
+        marked = min(self.checkpointed, layers)
+        tokens = self.tokens
+        inputs = self._sums[0][marked]
+        whole = self._sums[1][layers] - self._sums[1][marked]
+        items = []
+        if marked:
+            items.append(Item("checkpoints kept", inputs * tokens, lambda: f"{marked} layers x {inputs / marked:,.0f} B a token x {tokens:,} tokens"))
+        if layers > marked:
+            count = layers - marked
+            items.append(Item("activations kept", whole * tokens, lambda: f"{count} layers x {whole / count:,.0f} B a token x {tokens:,} tokens"))
+        return tuple(items)
+
+    @cached_property
+    def gradients_of_layers(self) -> tuple[tuple[int, ...], ...]:
+        """For each layer, trained numbers of each of its parts, in the order of the backward pass: last part first."""
+        found: list[tuple[int, ...]] = []
+        known: dict[int, tuple[int, ...]] = {}
+        for block in self.anatomy.blocks:
+            if id(block.parts) not in known:
+                counts = [self._trained(part) for part in reversed(block.parts)]
+                for place in (place for place, part in enumerate(reversed(block.parts)) if isinstance(part, Experts)):
+                    counts[place : place + 2] = 0, sum(counts[place : place + 2])  # theirs come last, when what they held most of is gone
+                known[id(block.parts)] = tuple(counts)
+            found += [known[id(block.parts)]] * block.count
+        return tuple(found)
+
+    def _trained(self, part: Part) -> int:
+        if self.full:
+            return part.parameters
+        if isinstance(part, Linear) and part.name in self.engine.adapted:
+            return self.recipe.rank * (part.inputs + part.outputs)
+        return 0
+
+    def _gradients(self, layers: int, parts: int = 0) -> Item:
+        """Gradients there when the backward pass has done all but the first ``layers`` layers, and ``parts`` parts of the last of those.
+
+        With ``layers`` at -1 it has done everything, the embedding too.
+        """
+        if layers < 0 or self.recipe.micro_batches_per_update > 1:
+            done = self.trainable
+        else:
+            done = self._gradients_above[layers] + (sum(self.gradients_of_layers[layers - 1][:parts]) if parts else 0)
+        return Item("gradients", float(done * self.trained_width), lambda: f"{done:,} of {self.trainable:,} x {self.trained_width} B")
+
+    @cached_property
+    def _gradients_above(self) -> tuple[int, ...]:
+        """Trained numbers above the first n layers, for n from 0 on: head and last norm with full fine-tuning, then layer by layer."""
+        done = self.anatomy.vocabulary * self.anatomy.hidden + self.anatomy.last_norm.parameters if self.full else 0
+        sums = [done]
+        for counts in reversed(self.gradients_of_layers):
+            done += sum(counts)
+            sums.append(done)
+        return tuple(reversed(sums))
+
+    def _head(self) -> float:
+        """Bytes of the head's gradient while it is not yet in its place."""
+        return float(self.anatomy.vocabulary * self.anatomy.hidden * self.width) if self.full else 0.0
+
+    def _loss(self) -> Moment:
+        """The end of the forward pass, where the loss makes its tile of logits."""
+        anatomy, tokens, width = self.anatomy, self.tokens, self.width
+        hidden, vocabulary = anatomy.hidden, anatomy.vocabulary
+        after = self.tail.kept + hidden * width
+        items = [*self._kept(anatomy.layers), Item("last norm", after * tokens, lambda: f"{after:,.0f} B a token x {tokens:,} tokens")]
+        if self.recipe.loss == "chunked":
+            rows = min(CHUNK_TOKENS, tokens)
+            # logsumexp makes a copy of the logits inside; the copies in the head's type, before and after it, are smaller.
+            items.append(Item("loss", 2.0 * hidden * width * tokens, lambda: f"supervised states, their gradients: {tokens:,} x 2 x {hidden:,} x {width} B"))
+            items.append(Item("loss tile", 4.0 * rows * vocabulary, lambda: f"{rows:,} tokens x {vocabulary:,} logits x 4 B"))
+            what = "logsumexp's copy of the tile, then the slope of the capped logits" if anatomy.capped_logits else "logsumexp's copy of the tile"
+            items.append(Item("loss workspace", 4.0 * rows * vocabulary, lambda: f"{what}, {rows:,} x {vocabulary:,} x 4 B"))
+        else:
+            each = self.logits_bytes + (4.0 if anatomy.capped_logits else 0.0)
+            items.append(Item("all logits", each * tokens * vocabulary, lambda: f"{tokens:,} tokens x {vocabulary:,} x {each:.0f} B (with all gradients)"))
+        if self.recipe.micro_batches_per_update > 1:
+            items.append(self._gradients(-1))
+        if self.full:
+            # The chunked loss makes it with the logits; after all logits it comes when most of them, 8 B each, are gone.
+            left = self._head() if self.recipe.loss == "chunked" else max(0.0, self._head() - 8.0 * tokens * vocabulary)
+            items.append(Item("head gradient at work", left, lambda: f"made with the loss: {vocabulary:,} x {hidden:,} x {width} B"))
+        return Moment("loss", tuple(items))
+
+    def _tail_backward(self) -> Moment:
+        """The start of the backward pass: the loss's gradient is spread over all tokens, then the last norm."""
+        hidden, width, tokens = self.anatomy.hidden, self.width, self.tokens
+        work = max(self.tail.kept + 3 * hidden * width, self.tail.backward)
+        items = (*self._kept(self.anatomy.layers), self._gradients(self.anatomy.layers),
+                 Item("last norm", work * tokens, lambda: f"{work:,.0f} B a token x {tokens:,} tokens in its backward pass"))  # fmt: skip
+        return Moment("last norm's backward pass", items)
+
+    def _layer_backward(self, index: int) -> Moment:
+        """The highest point in the backward pass of one layer, after the layers above it are done: part by part, memory goes and gradients come."""
+        layer, tokens = self.layer_list[index], self.tokens
+        again = index < self.checkpointed
+        points = layer.recompute if again else (Peak(0.0), *layer.training.backward)
+        own = (0, *self.gradients_of_layers[index])
+        done, highest, place = 0, -1.0, 0
+        for position, (point, gradient) in enumerate(zip(points, own, strict=True)):
+            done += gradient
+            if point.size * tokens + done * self.trained_width > highest:
+                highest, place = point.size * tokens + done * self.trained_width, position
+        what = "recomputed, then its backward pass" if again else "its activations and its backward pass"
+        items = (*self._kept(index), *self._at_work(points[place], f"layer {index + 1}, {what}"), self._gradients(index + 1, parts=place))
+        return Moment(f"backward pass of layer {index + 1}", items)
+
+    def _layer_forward(self, index: int) -> Moment:
+        layer, tokens = self.layer_list[index], self.tokens
+        point = Peak(layer.plain.size + layer.stream, layer.plain.unpacked) if index < self.checkpointed else layer.training.forward
+        items = [*self._kept(index), *self._at_work(point, f"layer {index + 1} forward")]
+        if index and not self.checkpointed and not self.layer_list[0].training.keeps_input:
+            size = self.layer_list[0].stream  # the decoder's own variable holds it until its last layer returns
+            items.append(Item("embedding's output", size * tokens, lambda: f"{tokens:,} tokens x {size:,.0f} B"))
+        if self.recipe.micro_batches_per_update > 1:
+            items.append(self._gradients(-1))
+        return Moment(f"forward pass of layer {index + 1}", tuple(items))
+
+    def _at_work(self, point: Peak, what: str) -> tuple[Item, ...]:
+        """What a layer holds at its highest point, a 4-bit weight that is unpacked there on a line of its own."""
+        tokens, size = self.tokens, point.size - point.unpacked
+        work = Item("layer at work", size * tokens, lambda: f"{what}: {size:,.0f} B a token x {tokens:,} tokens")
+        if not point.unpacked:
+            return (work,)
+        numbers = point.unpacked * tokens
+        return work, Item("dequantisation workspace", numbers, lambda: f"one linear layer's weight in {self.dtype}, and its constants: {numbers:,.0f} B")
+
+    def _embedding_backward(self) -> Moment:
+        """Full fine-tuning ends in the embedding, whose gradient is as large as its weight; a tied one is added to the head's."""
+        anatomy, tokens = self.anatomy, self.tokens
+        size = anatomy.hidden * self.width
+        work = size * (2 if anatomy.scaled_embedding else 1)  # before and after its constant
+        extra = self._head() if anatomy.tied_embeddings or self.recipe.micro_batches_per_update > 1 else 0.0
+        items = (
+            self._gradients(-1),
+            Item("layer at work", float(work * tokens), lambda: f"the gradient that reaches the embedding: {work:,} B a token x {tokens:,} tokens"),
+            Item("embedding gradient at work", extra, lambda: f"added to the one there is: {anatomy.vocabulary:,} x {size:,} B"),
+        )
+        return Moment("embedding's backward pass", items)
+
+    def _train(self) -> list[Moment]:
+        """The moments that can be highest. Within a run of equal layers the sum changes by the same amount a layer, so its ends suffice."""
+        count = self.anatomy.layers
+        ends, start = {0, count - 1, max(0, self.checkpointed - 1), min(count - 1, self.checkpointed)}, 0
+        for block in self.anatomy.blocks:
+            ends |= {start, min(start + 1, count - 1), start + block.count - 1}
+            start += block.count
+        moments = [self._loss(), self._tail_backward(), self._layer_forward(count - 1), *(self._layer_backward(index) for index in sorted(ends, reverse=True))]
+        if self.full:
+            moments.append(self._embedding_backward())
+        moments.append(Moment("optimizer step", (self._gradients(-1),)))
+        return moments
