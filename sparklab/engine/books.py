@@ -42,6 +42,15 @@ INSIDE: Final[dict[str, Callable[..., int]]] = {
 """Bytes that a kernel allocates inside itself and frees before it returns, from its arguments: no operation returns them."""
 
 
+DEVICE: Final = torch.ops.prim.device.default
+GROUPED: Final = torch.ops.aten._grouped_mm.default
+
+
+def _grouped(left: Tensor, right: Tensor, offsets: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The shape of a grouped product, which torch tells of bf16 alone while a CPU computes any type: rows by their group's weight, or weights by rows."""
+    return left.new_empty((left.shape[0], right.shape[-1]) if right.dim() == 3 else (offsets.shape[0], left.shape[0], right.shape[-1]))
+
+
 @dataclass(frozen=True)
 class Moment:
     """What was held at the highest point between two marks."""
@@ -99,11 +108,15 @@ class Books(StorageTracker):
             self.moments[-1] = Moment(last.name, last.layer, self._held.copy())
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for all the time
+        if operation is GROUPED and isinstance(args[0], FakeTensor):
+            operation = _grouped
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
         with unset_fake_temporarily() if real else nullcontext():  # type: ignore[no-untyped-call]
             result = super().__torch_dispatch__(operation, types, args, kwargs)
-        inside = INSIDE.get(operation.name().split(".")[0])
+        inside = INSIDE.get(operation.name().split(".")[0]) if operation is not _grouped else None
         if inside is not None:  # beside what it returns
             size = inside(*args, **(kwargs or {}))
             self._count(0, size)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sparklab.errors import ModelError, UnknownFamily
 from sparklab.model.families import ALIASES, FAMILIES, Family, sparse, turns
-from sparklab.model.fields import MOST_LAYERS, Fields, Kind, Shape
+from sparklab.model.fields import MOST, MOST_LAYERS, Fields, Kind, Shape
 from sparklab.model.hub import load_config
 from sparklab.model.parts import Attention, Block, Latent, Norm
 from sparklab.units import format_bytes, format_count
@@ -274,6 +274,18 @@ def from_config(values: Any, source: str) -> Anatomy:
         listed = "\n".join(f"  - {fault}" for fault in dict.fromkeys(fields.faults))
         raise ModelError(f"The config of {source} cannot be:\n{listed}", "mend or re-download config.json")
     return anatomy
+
+
+def width_of(source: str) -> int | None:
+    """The width that a config names, whatever else is wrong with it; None where it names none."""
+    try:
+        values = load_config(source)
+    except ModelError:
+        return None
+    if not isinstance(values, dict):
+        return None
+    width = _text_part(values)[0].get("hidden_size")
+    return width if isinstance(width, int) and 0 < width <= MOST else None
 
 
 def _text_part(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sparklab.box import Box
-from sparklab.errors import RecipeError
 from sparklab.model.anatomy import Anatomy, LinearGroup
 from sparklab.model.parts import Linear, Residual
 from sparklab.planner.activations import LayerBytes, layer_bytes
 from sparklab.planner.items import Item
 from sparklab.planner.kernels import Engine, has_fixed_bytes
 from sparklab.planner.recipe import Recipe
+from sparklab.planner.sound import too_high
 from sparklab.units import GIB
 
 
@@ -36,7 +36,7 @@ class Holdings:
         self.four_bit = recipe.method == "qlora"
         self.adapted: tuple[LinearGroup, ...] = () if self.full else anatomy.targeted(recipe.targets)
         if not self.full and recipe.rank > anatomy.hidden:
-            raise RecipeError(f"rank is {recipe.rank}, above the width {anatomy.hidden} of {anatomy.source}", "use a rank of 8 to 256")
+            raise too_high(recipe.rank, anatomy.hidden, anatomy.source)
         self.tokens = recipe.micro_batch_tokens
         layers = recipe.checkpoint_layers
         self.checkpointed = anatomy.layers if layers == "all" else 0 if layers == "none" else min(int(layers), anatomy.layers)

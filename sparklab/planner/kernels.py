@@ -87,8 +87,9 @@ def linear(part: Linear, tape: Tape, engine: Engine, saves: bool, grads: set[str
         if needs_grad:
             if unpacked:
                 tape.unpack(unpacked, constants)
-            tape.accumulate(below, b * part.inputs, viewed=not unpacked)
+            tape.hold("base's share", b * part.inputs, viewed=not unpacked)
             tape.pack()
+            tape.merge(below, "base's share")
         if engine.train_base:
             tape.drop(source)
         tape.drop(gradient)

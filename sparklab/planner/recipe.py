@@ -254,7 +254,7 @@ def _faults_between_fields(recipe: Recipe) -> list[str]:
         faults.append(f"checkpoint_layers is {layers!r}; it must be 'all', 'none' or a whole number of at least 0")
     if not isinstance(recipe.held_out, str) and (not _is_number(recipe.held_out) or not 0 <= recipe.held_out < 1):
         faults.append(f"held_out is {recipe.held_out!r}; it must be a share from 0 up to 1, or a file of records")
-    if isinstance(recipe.max_length, int) and isinstance(recipe.micro_batch_tokens, int) and recipe.max_length > recipe.micro_batch_tokens:
+    if _is_int(recipe.max_length) and _is_int(recipe.micro_batch_tokens) and recipe.max_length > recipe.micro_batch_tokens > 0:
         faults.append(f"max_length ({recipe.max_length}) is longer than a packed row (micro_batch_tokens {recipe.micro_batch_tokens})")
     nameless = [name for name in ("model", "data") if not isinstance(getattr(recipe, name), str) or not getattr(recipe, name)]
     faults.extend(f"{name} is {getattr(recipe, name)!r}; it must be a path or a name" for name in nameless)

@@ -14,6 +14,7 @@ from sparklab.planner.forecast import ModelTable, Plan, PlanTable
 from sparklab.planner.ledger import Ledger
 from sparklab.planner.recipe import METHODS, Method, Recipe
 from sparklab.planner.search import checkpoint_setting, least_checkpointing
+from sparklab.planner.sound import sound
 from sparklab.units import is_na
 
 ROWS: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768)  # tokens per micro-batch to choose from
@@ -49,35 +50,20 @@ def plan(source: Any, *, box: Box | None = None, method: Method | None = None, t
     Reads config.json and nothing else. Raises ModelNotFound, ModelError, RecipeError, BoxError.
     """
     box = box or Box.detect()
-    if tokens is not None and not tokens > 0:
-        raise RecipeError(f"tokens is {tokens!r}; it must be a number above 0", "say how many tokens the training data has")
     if isinstance(source, Recipe):
         if method is not None or changes:
             asked = ", ".join(f"{name}=..." for name in (*(["method"] if method else []), *changes))
             raise RecipeError("a recipe is planned as it is", f"plan recipe.replace({asked})")
-        return _forecast(source, Anatomy.read(source.model), box, tokens)
+        (anatomy,) = sound([source.model], source.to_dict(), tokens)
+        return _forecast(source, anatomy, box, tokens)
     if isinstance(source, Sequence) and not isinstance(source, str):
-        return ModelTable.ordered([plan(one, box=box, method=method, tokens=tokens, **changes) for one in _read_all(source)])
-    anatomy = source if isinstance(source, Anatomy) else Anatomy.read(source)
+        if not source:
+            raise ModelError("the list of models is empty", "name at least one")
+        anatomies = sound(source, {**changes, **({} if method is None else {"method": method})}, tokens)
+        return ModelTable.ordered([plan(one, box=box, method=method, tokens=tokens, **changes) for one in anatomies])
+    (anatomy,) = sound([source], {**changes, **({} if method is None else {"method": method})}, tokens)
     methods = METHODS if method is None else (method,)
     return PlanTable.ranked([_forecast(solve(anatomy, box, method, changes), anatomy, box, tokens) for method in methods])
-
-
-def _read_all(models: Sequence[str | Path | Anatomy]) -> list[Anatomy]:
-    """The anatomy of each; what is wrong with any of them is said at once."""
-    if not models:
-        raise ModelError("the list of models is empty", "name at least one")
-    found, errors = [], []
-    for model in models:
-        try:
-            found.append(model if isinstance(model, Anatomy) else Anatomy.read(model))
-        except ModelError as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise ModelError("\n".join(error.fact for error in errors), "; ".join(dict.fromkeys(error.fix for error in errors)))
-    return found
 
 
 def solve(anatomy: Anatomy, box: Box, method: Method, changes: dict[str, Any]) -> Recipe:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
+from math import prod
 
 from sparklab.model.parts import Experts, Linear, Part
 from sparklab.planner.holdings import Holdings
@@ -38,15 +40,30 @@ class Step(Holdings):
 
     @cached_property
     def gradients_of_layers(self) -> tuple[tuple[int, ...], ...]:
-        """For each layer, trained numbers of each of its parts, in the order of the backward pass: last part first."""
-        found: list[tuple[int, ...]] = []
+        """For each layer, trained numbers whose gradients come in the backward pass of each of its parts: last part first."""
+
+        def counts(parts: Sequence[Part]) -> list[int]:
+            found = [self._trained(part) for part in parts]
+            for place in (place for place, part in enumerate(parts) if isinstance(part, Experts) and self.full):
+                inner = sum(prod(shape) for name, shape in parts[place].tensors if name.startswith("experts.gate_up"))
+                found[place] -= inner  # that of gate and up comes last, when what the experts held most is gone
+                found[place + 1] += inner
+            return found
+
+        return self._of_parts(counts)
+
+    @cached_property
+    def added_in_layers(self) -> tuple[tuple[int, ...], ...]:
+        """The same, of the largest tensor alone: gradients that are added to those of earlier micro-batches come and go one by one."""
+        return self._of_parts(lambda parts: [max((prod(shape) for _, shape in part.tensors), default=0) for part in parts])
+
+    def _of_parts(self, count: Callable[[Sequence[Part]], list[int]]) -> tuple[tuple[int, ...], ...]:
+        """One tuple a layer, counted once for each kind of layer."""
         known: dict[int, tuple[int, ...]] = {}
+        found: list[tuple[int, ...]] = []
         for block in self.anatomy.blocks:
             if id(block.parts) not in known:
-                counts = [self._trained(part) for part in reversed(block.parts)]
-                for place in (place for place, part in enumerate(reversed(block.parts)) if isinstance(part, Experts)):
-                    counts[place : place + 2] = 0, sum(counts[place : place + 2])  # theirs come last, when what they held most of is gone
-                known[id(block.parts)] = tuple(counts)
+                known[id(block.parts)] = tuple(count(block.parts[::-1]))
             found += [known[id(block.parts)]] * block.count
         return tuple(found)
 
@@ -78,9 +95,16 @@ class Step(Holdings):
             sums.append(done)
         return tuple(reversed(sums))
 
-    def _head(self) -> float:
-        """Bytes of the head's gradient while it is not yet in its place."""
-        return float(self.anatomy.vocabulary * self.anatomy.hidden * self.width) if self.full else 0.0
+    def _head(self, copies: int = 1) -> Item:
+        """The head's gradient while it is not yet in its place."""
+        anatomy, width = self.anatomy, self.width
+        size = float(anatomy.vocabulary * anatomy.hidden * width) if self.full else 0.0
+        return Item("head gradient at work", copies * size, lambda: f"{copies} x {anatomy.vocabulary:,} x {anatomy.hidden:,} x {width} B")
+
+    @property
+    def _waiting_head(self) -> tuple[Item, ...]:
+        """A tied head's gradient, which waits for the embedding's, beside those of earlier micro-batches."""
+        return (self._head(),) if self.anatomy.tied_embeddings and self.recipe.micro_batches_per_update > 1 else ()
 
     def _loss(self) -> Moment:
         """The end of the forward pass, where the loss makes its tile of logits."""
@@ -102,15 +126,17 @@ class Step(Holdings):
             items.append(self._gradients(-1))
         if self.full:
             # The chunked loss makes it with the logits; after all logits it comes when most of them, 8 B each, are gone.
-            left = self._head() if self.recipe.loss == "chunked" else max(0.0, self._head() - 8.0 * tokens * vocabulary)
-            items.append(Item("head gradient at work", left, lambda: f"made with the loss: {vocabulary:,} x {hidden:,} x {width} B"))
+            left = self._head().size_bytes - (0.0 if self.recipe.loss == "chunked" else 8.0 * tokens * vocabulary)
+            items.append(Item("head gradient at work", max(0.0, left), lambda: f"made with the loss: {vocabulary:,} x {hidden:,} x {width} B"))
         return Moment("loss", tuple(items))
 
     def _tail_backward(self) -> Moment:
         """The start of the backward pass: the loss's gradient is spread over all tokens, then the last norm."""
         hidden, width, tokens = self.anatomy.hidden, self.width, self.tokens
         work = max(self.tail.kept + 3 * hidden * width, self.tail.backward)
-        items = (*self._kept(self.anatomy.layers), self._gradients(self.anatomy.layers),
+        # The gradient of all logits' head comes transposed, and is copied into its place where nothing is there to add it to.
+        turned = self.recipe.loss == "full" and not self.anatomy.tied_embeddings and self.recipe.micro_batches_per_update == 1
+        items = (*self._kept(self.anatomy.layers), self._gradients(self.anatomy.layers), self._head(int(turned)), *self._waiting_head,
                  Item("last norm", work * tokens, lambda: f"{work:,.0f} B a token x {tokens:,} tokens in its backward pass"))  # fmt: skip
         return Moment("last norm's backward pass", items)
 
@@ -119,15 +145,19 @@ class Step(Holdings):
         layer, tokens = self.layer_list[index], self.tokens
         again = index < self.checkpointed
         points = layer.recompute if again else (Peak(0.0), *layer.training.backward)
-        own = (0, *self.gradients_of_layers[index])
+        added = self.full and self.recipe.micro_batches_per_update > 1  # to those of earlier micro-batches: one at a time is there twice
+        own = (0, *(self.added_in_layers if added else self.gradients_of_layers)[index])
         done, highest, place = 0, -1.0, 0
         for position, (point, gradient) in enumerate(zip(points, own, strict=True)):
-            done += gradient
+            done = gradient if added else done + gradient
             if point.size * tokens + done * self.trained_width > highest:
                 highest, place = point.size * tokens + done * self.trained_width, position
         what = "recomputed, then its backward pass" if again else "its activations and its backward pass"
-        items = (*self._kept(index), *self._at_work(points[place], f"layer {index + 1}, {what}"), self._gradients(index + 1, parts=place))
-        return Moment(f"backward pass of layer {index + 1}", items)
+        items = [*self._kept(index), *self._at_work(points[place], f"layer {index + 1}, {what}"), self._gradients(index + 1, parts=place), *self._waiting_head]
+        if added and own[place]:
+            numbers, width = own[place], self.trained_width
+            items.append(Item("gradient at work", float(numbers * width), lambda: f"to be added to the one there is: {numbers:,} x {width} B"))
+        return Moment(f"backward pass of layer {index + 1}", tuple(items))
 
     def _layer_forward(self, index: int) -> Moment:
         layer, tokens = self.layer_list[index], self.tokens
@@ -154,11 +184,17 @@ class Step(Holdings):
         anatomy, tokens = self.anatomy, self.tokens
         size = anatomy.hidden * self.width
         work = size * (2 if anatomy.scaled_embedding else 1)  # before and after its constant
-        extra = self._head() if anatomy.tied_embeddings or self.recipe.micro_batches_per_update > 1 else 0.0
+        extra = int(self.recipe.micro_batches_per_update > 1)
+        if anatomy.tied_embeddings:  # all logits' head has a gradient that is a view, to which nothing is added in place
+            extra += 1 + int(self.recipe.loss == "full")
         items = (
             self._gradients(-1),
             Item("layer at work", float(work * tokens), lambda: f"the gradient that reaches the embedding: {work:,} B a token x {tokens:,} tokens"),
-            Item("embedding gradient at work", extra, lambda: f"added to the one there is: {anatomy.vocabulary:,} x {size:,} B"),
+            Item(
+                "embedding gradient at work",
+                float(extra * anatomy.vocabulary * size),
+                lambda: f"{extra} x {anatomy.vocabulary:,} x {size:,} B, before they are one",
+            ),
         )
         return Moment("embedding's backward pass", items)
 

@@ -111,14 +111,23 @@ class Tape:
 
         Autograd adds in place unless somebody else holds the tensor, or it is a view, whose base does.
         """
+        self.hold("contribution", size, viewed)
+        self.merge(name, "contribution")
+
+    def merge(self, name: str, contribution: str) -> None:
+        """The tensor ``contribution`` becomes gradient ``name``, or is added to the one there is, as in :meth:`accumulate`."""
         if name not in self._names:
-            self.hold(name, size, viewed)
+            self.share(name, contribution)
+            self.drop(contribution)
             return
         storage = self._names[name][-1]
+        size = self._names[contribution][-1].size
         if storage.references == 1 and not storage.viewed:
-            self.spike(size)
+            self.drop(contribution)
             return
-        if self.now + 2 * size > self._peak:  # the old sum, the contribution and the new sum
-            self._peak, self._peak_unpacked = self.now + 2 * size, self._unpacked
+        self.hold("sum", size)
+        self.moved -= 2 * size  # what is written here would be written there
+        self.drop(contribution)
         self.drop(name)
-        self.hold(name, size)
+        self.share(name, "sum")
+        self.drop("sum")

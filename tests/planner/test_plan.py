@@ -458,3 +458,28 @@ def test_planning_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, LLAMA_8B], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_is_wrong_with_recipe_and_model_is_said_at_once(tmp_path: Path) -> None:
+    """The config, the recipe, the two together and the size of the data: one error."""
+    broken = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 0, "num_attention_heads": 4, "vocab_size": 100}
+    absurd = {**broken, "hidden_size": 65536, "intermediate_size": 900_000, "num_hidden_layers": 9000, "vocab_size": 1_000_000}
+    words = ["micro_batch_tokens is -5", "tokens is -3; it must be a number above 0"]
+    for name, text, more in (
+        ("broken", json.dumps(broken), ["intermediate_size is missing", "num_hidden_layers is 0", "rank is 99999, above the width 64"]),
+        ("absurd", json.dumps(absurd), ["e+15 parameters; no model has more", "rank is 99999, above the width 65536"]),
+        ("not", "{not json", ["is not JSON"]),
+        ("listed", "[1, 2]", ["holds list, not an object"]),
+    ):
+        path = tmp_path / f"{name}.json"
+        path.write_text(text)
+        with pytest.raises(ModelError) as caught:
+            plan(path, box=SPARK, rank=99999, micro_batch_tokens=-5, tokens=-3)
+        missing = [word for word in (*words, *more) if word not in caught.value.fact]
+        assert not missing, (missing, caught.value.fact)
+    with pytest.raises(RecipeError) as joined:
+        plan(LLAMA_8B, box=SPARK, rank=4097, learning_rate=-1)
+    assert "above the width 4096" in joined.value.fact and "learning_rate is -1" in joined.value.fact
+    with pytest.raises(ModelError) as several:
+        plan([tmp_path / "broken.json", LLAMA_8B], box=SPARK, targets="nose", rank=5000)
+    assert "num_hidden_layers is 0" in several.value.fact and "'nose'" in several.value.fact and "above the width 4096" in several.value.fact
