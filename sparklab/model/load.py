@@ -12,6 +12,7 @@ from torch import nn
 
 from sparklab.box import Box
 from sparklab.errors import ModelError, ModelNotFound
+from sparklab.model.experts import target_experts
 from sparklab.model.source import check_trainable
 from sparklab.planner.recipe import Recipe
 
@@ -101,7 +102,14 @@ def add_adapters(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> nn.Mod
         targets = list(ATTENTION_LINEARS)
     elif recipe.targets != "all-linear":
         targets = [recipe.targets] if isinstance(recipe.targets, str) else list(recipe.targets)
-    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=targets, task_type="CAUSAL_LM",
+        use_rslora=recipe.rank_stabilized, use_dora=recipe.dora,
+    )  # fmt: skip
+    if recipe.expert_adapters:
+        if not mixture:
+            raise ModelError(f"expert_adapters is true, and {recipe.model!r} has no experts", "leave it out")
+        target_experts(config, model)
     torch.manual_seed(recipe.seed)  # A is random: the same recipe starts from the same adapters
     try:
         adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -60,6 +60,12 @@ class Recipe:
     """``"all-linear"``, ``"attention"`` or the names of the linear layers to adapt."""
     adapter_dtype: DType = "auto"
     """Type of the adapters' weights; auto is the type the base computes in."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA), so that a high rank learns no slower."""
+    dora: bool = False
+    """Learn the length of each of a weight's rows apart from its direction (DoRA): one more number an output, and a slower step."""
+    expert_adapters: bool = False
+    """In a mixture, adapt the experts too: each has an A and a B of its own for gate and up, and for down."""
     double_quantization: bool = True
     """QLoRA: quantise the NF4 constants too (0.516 instead of 0.563 bytes a parameter)."""
 
@@ -256,6 +262,10 @@ def _faults_between_fields(recipe: Recipe) -> list[str]:
         faults.append(f"held_out is {recipe.held_out!r}; it must be a share from 0 up to 1, or a file of records")
     if _is_int(recipe.max_length) and _is_int(recipe.micro_batch_tokens) and recipe.max_length > recipe.micro_batch_tokens > 0:
         faults.append(f"max_length ({recipe.max_length}) is longer than a packed row (micro_batch_tokens {recipe.micro_batch_tokens})")
+    if recipe.expert_adapters and recipe.method != "full":
+        for name, given in (("dropout", recipe.dropout), ("dora", recipe.dora)):
+            if given:
+                faults.append(f"{name} is {given!r} beside expert_adapters; PEFT has no {name} for experts: leave one of the two out")
     nameless = [name for name in ("model", "data") if not isinstance(getattr(recipe, name), str) or not getattr(recipe, name)]
     faults.extend(f"{name} is {getattr(recipe, name)!r}; it must be a path or a name" for name in nameless)
     return faults
