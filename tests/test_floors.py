@@ -32,6 +32,7 @@ TORCH = {
     "sparklab.engine",
     "sparklab.model.load",
     "sparklab.model.blank",
+    "sparklab.model.experts",
     "sparklab.run.perform",
     "sparklab.run.session",
     "sparklab.run.reporter",

@@ -35,11 +35,11 @@ class Stack:
     """[E, out]"""
     transposed: bool
 
-    def forward(self, rows: Tensor, ends_E: Tensor) -> Tensor:  # noqa: N803 - names carry shapes
+    def forward(self, rows: Tensor, ends_E: Tensor) -> Tensor:
         """[S, in] to [S, out], without the bias."""
         return F.grouped_mm(rows, self.weight if self.transposed else self.weight.transpose(1, 2), offs=ends_E)
 
-    def backward(self, grads: Tensor, ends_E: Tensor) -> Tensor:  # noqa: N803
+    def backward(self, grads: Tensor, ends_E: Tensor) -> Tensor:
         """[S, out] to [S, in]."""
         return F.grouped_mm(grads, self.weight.transpose(1, 2) if self.transposed else self.weight, offs=ends_E)
 
@@ -62,23 +62,23 @@ class LowRank:
         fill = -rank % (16 // dtype.itemsize)  # rows of 16 bytes
         return cls(F.pad(a_ERI, (0, 0, 0, fill)) if fill else a_ERI, F.pad(b_EOR, (0, fill)) if fill else b_EOR.contiguous(), scaling, rank)
 
-    def down(self, rows: Tensor, ends_E: Tensor) -> Tensor:  # noqa: N803
+    def down(self, rows: Tensor, ends_E: Tensor) -> Tensor:
         """[S, in] to [S, R]."""
         return F.grouped_mm(rows, self.a_ERI.transpose(1, 2), offs=ends_E)
 
-    def add_up(self, low: Tensor, ends_E: Tensor, out: Tensor) -> Tensor:  # noqa: N803
+    def add_up(self, low: Tensor, ends_E: Tensor, out: Tensor) -> Tensor:
         """``out`` [S, out] plus the scaled product of [S, R] with B, in its place."""
         return out.add_(F.grouped_mm(low, self.b_EOR.transpose(1, 2), offs=ends_E), alpha=self.scaling)
 
-    def up_backward(self, grads: Tensor, ends_E: Tensor) -> Tensor:  # noqa: N803
+    def up_backward(self, grads: Tensor, ends_E: Tensor) -> Tensor:
         """[S, out] to [S, R], not scaled."""
         return F.grouped_mm(grads, self.b_EOR, offs=ends_E)
 
-    def add_down_backward(self, low: Tensor, ends_E: Tensor, out: Tensor) -> Tensor:  # noqa: N803
+    def add_down_backward(self, low: Tensor, ends_E: Tensor, out: Tensor) -> Tensor:
         """``out`` [S, in] plus the scaled product of [S, R] with A, in its place."""
         return out.add_(F.grouped_mm(low, self.a_ERI, offs=ends_E), alpha=self.scaling)
 
-    def gradients(self, rows: Tensor, low: Tensor, grads: Tensor, d_low: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:  # noqa: N803
+    def gradients(self, rows: Tensor, low: Tensor, grads: Tensor, d_low: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
         """Of A and of B, in PEFT's shapes, from [S, in], [S, R], [S, out] and [S, R]."""
         d_a = F.grouped_mm(d_low.t(), rows, offs=ends_E).mul_(self.scaling)[:, : self.rank]
         d_b = F.grouped_mm(grads.t(), low, offs=ends_E).mul_(self.scaling)[:, :, : self.rank]
@@ -95,7 +95,7 @@ class Route:
     expert_S: Tensor | None  # noqa: N815 - of each sorted row, where there are biases
 
     @classmethod
-    def of(cls, index_TK: Tensor, experts: int, biased: bool) -> Route:  # noqa: N803
+    def of(cls, index_TK: Tensor, experts: int, biased: bool) -> Route:
         """Sorts the choices by expert; a token's stay in their order."""
         tokens, k = index_TK.shape
         expert_S, order = torch.sort(index_TK.reshape(-1), stable=True)
@@ -105,12 +105,13 @@ class Route:
         ends = torch.histc(counted, bins=experts, min=0, max=experts - 1).cumsum(0).to(torch.int32)
         return cls(order // k, place.view(tokens, k), ends, expert_S if biased else None)
 
-    def gather_sum(self, rows: Tensor, shares_TK: Tensor | None) -> Tensor:  # noqa: N803
+    def gather_sum(self, rows: Tensor, shares_TK: Tensor | None) -> Tensor:
         """[S, H] rows summed by token in fp32, each times its share: [T, H], one choice after the other so that no second [S, H] is made."""
         total = torch.zeros(len(self.place_TK), rows.shape[1], dtype=torch.float32, device=rows.device)
         for choice in range(self.place_TK.shape[1]):
             part = rows[self.place_TK[:, choice]].float()
             total = total.add_(part) if shares_TK is None else total.addcmul_(part, shares_TK[:, choice, None].float())
+            del part  # or it would live on while the next is made
         return total.to(rows.dtype)
 
 
@@ -159,7 +160,7 @@ class _Experts(torch.autograd.Function):
         d_rows = d_out[route.token_S]
         d_low = low.up_backward(d_rows, ends)
         d_inner = low.add_down_backward(d_low, ends, down.backward(d_rows, ends))
-        d_share_S = (d_inner.float() * inner.detach()).sum(-1)
+        d_share_S = (d_inner * inner.detach()).sum(-1, dtype=torch.float32)
         if down.bias is not None:
             d_share_S += (d_rows * down.bias[route.expert_S]).sum(-1, dtype=torch.float32)
         d_share = d_share_S[route.place_TK].to(shares.dtype)
@@ -191,11 +192,12 @@ class ParamWrapper(StockWrapper):  # type: ignore[misc]  # peft is not typed
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[T, H] to [T, H]; ``args``: experts chosen [T, k], their shares [T, k]."""
-        inner, (adapter, *others) = self.base_layer, (*self.active_adapters, None)
-        if others != [None] or self.disable_adapters or self.merged or not isinstance(inner, ParamWrapper) or kwargs or len(args) != 2:
-            return super().forward(x, *args, **kwargs)
-        if adapter not in self.lora_A or adapter not in inner.lora_A or inner.merged:
-            return super().forward(x, *args, **kwargs)
+        inner, active = self.base_layer, list(self.active_adapters)
+        plain = len(active) == 1 and not self.disable_adapters and not kwargs and len(args) == len(("index", "shares"))
+        if not plain or not isinstance(inner, ParamWrapper) or any(wrapper.merged or active[0] not in wrapper.lora_A for wrapper in (self, inner)):
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        (adapter,) = active
         by_name = {wrapper.parameter_name: wrapper for wrapper in (self, inner)}
         up, down = (by_name[name] for name in PROJECTIONS)
         factors = [part[adapter].weight for wrapper in (up, down) for part in (wrapper.lora_A, wrapper.lora_B)]
@@ -220,12 +222,16 @@ def why_stock(module: Any) -> str:
     return ""
 
 
-def target_experts(config: LoraConfig, model: nn.Module) -> str:
-    """Puts the experts of all layers among what ``config`` adapts; returns why that takes PEFT's own, slower way, or nothing."""
-    kinds = {type(module): module for _, module in expert_modules(model)}
+def target_experts(config: LoraConfig, model: nn.Module, fast: bool) -> None:
+    """Puts the experts of all layers among what ``config`` adapts; ``fast``: with our forward pass, where it knows them."""
     config.target_parameters = [f"experts.{projection}" for projection in PROJECTIONS]
-    reasons = {why_stock(module) for module in kinds.values()} - {""}
-    if reasons:
-        return f"adapters on the experts run on PEFT's own path, which makes all changed weights of a layer in every pass: {'; '.join(sorted(reasons))}"
-    config._register_custom_module(dict.fromkeys(kinds, ParamWrapper))
-    return ""
+    known = {type(module) for _, module in expert_modules(model) if not why_stock(module)}
+    if fast and known:
+        config._register_custom_module(dict.fromkeys(known, ParamWrapper))
+
+
+def left_to_stock(model: nn.Module) -> tuple[str, ...]:
+    """Why adapters on experts run on PEFT's own, slower way; nothing where they do not."""
+    wrappers: list[Any] = [module for module in model.modules() if type(module) is StockWrapper]
+    reasons = {why_stock(wrapper.get_base_layer()) for wrapper in wrappers} - {""}
+    return tuple(f"adapters on the experts make all changed weights of a layer in every pass, as PEFT does: {reason}" for reason in sorted(reasons))

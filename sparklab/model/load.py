@@ -109,7 +109,7 @@ def add_adapters(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> nn.Mod
     if recipe.expert_adapters:
         if not mixture:
             raise ModelError(f"expert_adapters is true, and {recipe.model!r} has no experts", "leave it out")
-        target_experts(config, model)
+        target_experts(config, model, fast=recipe.engine == "fast")
     torch.manual_seed(recipe.seed)  # A is random: the same recipe starts from the same adapters
     try:
         adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)

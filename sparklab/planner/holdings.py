@@ -8,12 +8,13 @@ from functools import cached_property
 from sparklab.box import Box
 from sparklab.model.anatomy import Anatomy, LinearGroup
 from sparklab.model.parts import Linear, Residual
+from sparklab.planner import expert_adapters
 from sparklab.planner.activations import LayerBytes, layer_bytes
 from sparklab.planner.items import Item
 from sparklab.planner.kernels import Engine, has_fixed_bytes
+from sparklab.planner.notes import notes_of
 from sparklab.planner.recipe import Recipe
 from sparklab.planner.sound import too_high
-from sparklab.units import GIB
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Holdings:
         self.adapted: tuple[LinearGroup, ...] = () if self.full else anatomy.targeted(recipe.targets)
         if not self.full and recipe.rank > anatomy.hidden:
             raise too_high(recipe.rank, anatomy.hidden, anatomy.source)
+        self.expert_rank = expert_adapters.rank_of(anatomy, recipe)
         self.tokens = recipe.micro_batch_tokens
         layers = recipe.checkpoint_layers
         self.checkpointed = anatomy.layers if layers == "all" else 0 if layers == "none" else min(int(layers), anatomy.layers)
@@ -47,6 +49,7 @@ class Holdings:
             rank=0 if self.full else recipe.rank,
             adapted=frozenset(linear.name for linear in self.adapted),
             train_base=self.full,
+            expert_rank=self.expert_rank,
             unpacked_bytes=self.width if self.four_bit else 0,
             constant_bytes=4 / 64 if self.four_bit and recipe.double_quantization else 0,
             dropout_mask_bytes=0 if self.full or not recipe.dropout else 1 if box.is_gpu else self.adapter_width,
@@ -58,8 +61,9 @@ class Holdings:
 
     @cached_property
     def adapter_parameters(self) -> int:
-        """Numbers in all A and B."""
-        return sum(linear.count * self.recipe.rank * (linear.inputs + linear.outputs) for linear in self.adapted)
+        """Numbers in all A and B, those of experts too."""
+        experts = sum(numbers * count for numbers, count in expert_adapters.all_matrices(self.anatomy, self.expert_rank))
+        return experts + sum(linear.count * self.recipe.rank * (linear.inputs + linear.outputs) for linear in self.adapted)
 
     @property
     def trainable(self) -> int:
@@ -91,12 +95,7 @@ class Holdings:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the reader must know of the model beside the figures."""
-        experts, notes = self.anatomy.expert_parameters, list(self.anatomy.notes)
-        if experts and self.four_bit:
-            notes.append(f"the experts ({experts * self.width / GIB:.3g} GiB) stay in {self.dtype}: they are 3-D parameters, only linear layers become 4-bit")
-        if experts and not self.full:
-            notes.append("adapters go on the attention's linear layers; the experts, which are no linear layers, are not adapted")
-        return tuple(notes)
+        return notes_of(self.anatomy, self.recipe, self.dtype, self.width)
 
     def _constants(self, weights: int) -> float:
         blocks = -(-weights // 64)
@@ -123,6 +122,7 @@ class Holdings:
         """bitsandbytes' two moments: 1 B a number each and an fp32 scale for 256; fp32 below 4,096 numbers, and always so for an embedding."""
         size, rank = 0.0, self.recipe.rank
         tensors = [(rank * width, linear.count) for linear in self.adapted for width in (linear.inputs, linear.outputs)]
+        tensors += expert_adapters.all_matrices(self.anatomy, self.expert_rank)
         if self.full:
             size = 8.0 * self.anatomy.embedding_parameters
             tensors = [(self.anatomy.head_parameters, 1), (self.anatomy.hidden, 1)]

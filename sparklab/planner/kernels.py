@@ -7,7 +7,7 @@ make and drop their tensors. Gradients of tensor ``t`` are called ``d:t``; ``gra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from sparklab.model.parts import Activation, Attention, Linear, Norm, Part, Product, Residual, Rotary, Router, Scale, Split
@@ -29,6 +29,8 @@ class Engine:
     """Names of the linear layers with an adapter."""
     train_base: bool
     """Full fine-tuning."""
+    expert_rank: int = field(default=0, kw_only=True)
+    """Rank of the adapters on experts; 0 without."""
     dropout_mask_bytes: int
     """Bytes a number of the mask that dropout on the adapters' input keeps: 1 on CUDA, the number's own size on a CPU; 0 without dropout."""
     joins_documents: bool = True

@@ -90,10 +90,9 @@ class Ledger(Step):
 
     def _merge(self) -> list[Moment]:
         largest, width = max(self.adapted, key=lambda linear: linear.inputs * linear.outputs), self.width
-        numbers = largest.inputs * largest.outputs
-        copies = 2 if self.box.is_gpu and self.box.unified else 1
-        what = "the largest, and its copy for the file" if copies == 2 else "the largest"
-        work = Item("weights at work", float(copies * numbers * width), lambda: f"one at a time, {what}: {largest.name}, {copies} x {numbers:,} x {width} B")
+        numbers, name = max((largest.inputs * largest.outputs, largest.name), (self.anatomy.largest_stack if self.expert_rank else 0, "a layer's experts"))
+        copies, what = (2, "the largest, and its copy for the file") if self.box.is_gpu and self.box.unified else (1, "the largest")
+        work = Item("weights at work", float(copies * numbers * width), lambda: f"one at a time, {what}: {name}, {copies} x {numbers:,} x {width} B")
         return [Moment("merge", (work,))]
 
     # the books

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from sparklab.model.parts import Experts, Latent, Router
+from sparklab.planner import expert_adapters
 from sparklab.planner.kernels import Backward, Engine
 from sparklab.planner.tape import Tape
 
@@ -64,6 +65,8 @@ def router(part: Router, tape: Tape, engine: Engine, saves: bool, grads: set[str
 
 def experts(part: Experts, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
     """Gate and up in one grouped product, the gate, down in another, weighed, put back in order and summed."""
+    if engine.expert_rank:
+        return expert_adapters.experts(part, tape, engine, saves, grads)
     b, s = engine.compute_bytes, part.active
     x = max(b, 4 if part.wide_weights else b)  # bytes of what is weighed
     wide, inner, rows = s * 2 * part.inner * b, s * part.inner * b, s * part.width

@@ -8,6 +8,7 @@ from itertools import accumulate
 from math import prod
 
 from sparklab.model.parts import Experts, Linear, Part
+from sparklab.planner import expert_adapters
 from sparklab.planner.holdings import Holdings
 from sparklab.planner.items import CHUNK_TOKENS, Item, Moment
 from sparklab.planner.tape import Peak
@@ -48,6 +49,8 @@ class Step(Holdings):
                 inner = sum(prod(shape) for name, shape in parts[place].tensors if name.startswith("experts.gate_up"))
                 found[place] -= inner  # that of gate and up comes last, when what the experts held most is gone
                 found[place + 1] += inner
+            for place in (place for place, part in enumerate(parts) if isinstance(part, Experts) and self.expert_rank):
+                found[place : place + 2] = 0, sum(found[place : place + 2])  # while they are made they are counted as the experts' workspace
             return found
 
         return self._of_parts(counts)
@@ -72,7 +75,7 @@ class Step(Holdings):
             return part.parameters
         if isinstance(part, Linear) and part.name in self.engine.adapted:
             return self.recipe.rank * (part.inputs + part.outputs)
-        return 0
+        return sum(expert_adapters.matrices(part, self.expert_rank)) if isinstance(part, Experts) else 0
 
     def _gradients(self, layers: int, parts: int = 0) -> Item:
         """Gradients there when the backward pass has done all but the first ``layers`` layers, and ``parts`` parts of the last of those.

@@ -24,7 +24,8 @@ learning_rate  step, learning_rate, was: from the next update on the schedule pe
 retry          step, phase, row_tokens, was: memory ran out in that phase, and from the next update on no more than row_tokens tokens go
                through the model at once; the tokens of an update stay the same; holds through every resume
 changed        what: {name: how it changed}: the run goes on with these, accepted by name
-warning        message; kind: "guard" with numbers (what it saw), "nonfinite" with step, rows, lines of the data (an update that was not made)
+warning        message; kind: "guard" with numbers (what it saw), "nonfinite" with step, rows, lines of the data (an update that was not made);
+               "stock": what runs on the libraries' own code and not on sparklab's, and why
 stopped        step, reason; by ("guard") and fix where somebody else than the user asked
 failed         step, error, fact, fix; out of memory also: phase, planned_bytes, measured_bytes, changes (of the recipe that would fit)
 finished       step, seconds, tokens, tokens_per_second (non-pad), peak_bytes

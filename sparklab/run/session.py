@@ -7,13 +7,12 @@ import time
 from typing import Any
 
 import transformers
-from torch import nn
 
 from sparklab.box import Box
 from sparklab.data.dataset import Prepared, prepare
 from sparklab.engine import checkpoint
 from sparklab.engine.answer import answer, exact_match
-from sparklab.engine.fast import ready_model
+from sparklab.engine.fast import left_to_stock, ready_model
 from sparklab.engine.trainer import PackedTrainer
 from sparklab.model import load
 from sparklab.run import guard
@@ -98,9 +97,11 @@ class Session:
 
     def _load(self) -> None:
         self.events.write("phase", phase="load")
-        self.model: nn.Module = ready_model(self.recipe, self.box)
+        self.model = ready_model(self.recipe, self.box)
         total, trainable = load.count_parameters(self.model)
         self.events.write("model", parameters=total, trainable_parameters=trainable)
+        for sentence in left_to_stock(self.model):
+            self.events.write("warning", kind="stock", message=sentence)
 
     def _trainer(self) -> PackedTrainer:
         trainer = PackedTrainer(self.model, self.recipe, self.directory.checkpoints_path, self.data.train_rows, self.data.held_out_rows, callback=self.reporter)

@@ -9,10 +9,11 @@ from transformers import PrinterCallback, TrainerCallback
 from whole_step import BOX, base, documents, recipe_of
 
 from sparklab.data.dataset import make_row
-from sparklab.engine import attention, checkpoint
+from sparklab.engine import checkpoint
+from sparklab.engine.fast import ready_model
 from sparklab.engine.trainer import PackedTrainer
 from sparklab.errors import RunFailed
-from sparklab.model.load import causal_lm, load_model
+from sparklab.model.load import causal_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers has opinions on token numbers and rotary factors of configs this small
 BAD = 7
@@ -68,10 +69,9 @@ def poison(model, how):
 
 
 def trainer_of(tmp_path, rows, how, **changes):
-    attention.register()
     settings = {"max_steps": None, "learning_rate": 1e-2, "clip_norm": 1.0, "schedule": "constant", "warmup_share": 0.0, "save_every": 100}
     recipe = recipe_of(tmp_path / "model", {**SMALL["llama"], "num_hidden_layers": 1}, **{**settings, **changes})
-    model = load_model(recipe, BOX, attention.NAME, base)
+    model = ready_model(recipe, BOX, base)
     poison(model, how)
     notes = Notes()
     trainer = PackedTrainer(model, recipe, tmp_path / "run", rows, (), callback=notes)
@@ -118,7 +118,7 @@ def test_the_update_is_not_made(tmp_path, how, dtype, together):
     assert (51 in bad.lines and 52 in bad.lines) and len(bad.lines) == 2 * len(bad.rows)
     # what was good until there is saved, whole, and says the step
     assert checkpoint.newest_good(tmp_path / "run") == (checkpoint.step_path(tmp_path / "run", step), [])
-    model = load_model(trainer.recipe, BOX, attention.NAME, base)
+    model = ready_model(trainer.recipe, BOX, base)
     checkpoint.load_weights(model, checkpoint.step_path(tmp_path / "run", step))
     kept = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(torch.equal(a, b) for a, b in zip(kept, before["state"][0], strict=True))

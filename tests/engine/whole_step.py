@@ -15,10 +15,10 @@ from transformers import PrinterCallback, TrainerCallback
 from sparklab.box import Box
 from sparklab.data.dataset import Row, make_row
 from sparklab.data.template import Document
-from sparklab.engine import attention
+from sparklab.engine.fast import ready_model
 from sparklab.engine.trainer import PackedTrainer
 from sparklab.model.blank import blank_base
-from sparklab.model.load import ATTENTION_LINEARS, load_model
+from sparklab.model.load import ATTENTION_LINEARS
 from sparklab.planner.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -116,8 +116,7 @@ class _Catch(TrainerCallback):  # type: ignore[misc]
 
 def sparklab_update(recipe: Recipe, rows: list[Row], folder: Path) -> Update:
     """The worker's own model and Trainer over the rows, which are one update."""
-    attention.register()
-    model = load_model(recipe, BOX, attention.NAME, base)
+    model = ready_model(recipe, BOX, base)
     if recipe.method != "full":
         set_adapters(model)
     catch = _Catch()
