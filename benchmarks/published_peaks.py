@@ -28,8 +28,14 @@ def shape(*numbers: int, tied: bool = False) -> dict[str, Any]:
     return {"model_type": "llama", **dict(zip(NAMES, numbers, strict=True)), "tie_word_embeddings": tied}
 
 
+def fused(config: dict[str, Any]) -> dict[str, Any]:
+    """The same with one weight for queries, keys and values (and, which holds as much, one for gate and up)."""
+    return {**config, "model_type": "phi3", "pad_token_id": 0}
+
+
 MISTRAL_7B = shape(4096, 14336, 32, 32, 8, 32000)
 LLAMA2_7B = shape(4096, 11008, 32, 32, 32, 32000)
+LLAMA2_13B = shape(5120, 13824, 40, 40, 40, 32000)
 LLAMA2_70B = shape(8192, 28672, 80, 64, 8, 32000)
 LLAMA3_8B = shape(4096, 14336, 32, 32, 8, 128256)
 LLAMA32_3B = shape(3072, 8192, 28, 24, 8, 128256, tied=True)
@@ -54,8 +60,8 @@ class Published:
 ATTENTION = {"rank": 16, "targets": "attention", "checkpoint_layers": "all"}
 OLD = Stack(version="4.48")
 GB = 1e9 / GIB
-LITGPT = "LitGPT, not transformers; its loss taken for that of 4.48"
-LOADED = LITGPT + "; 12.6 GiB of bf16 weights before they are quantised may be the peak"
+LITGPT = Stack(version="4.48", autocast=False, adapter_dtype="auto", copies_attention=True, keeps_unpacked_inputs=True)
+ITS_NOTE = "LitGPT of October 2023: one weight for queries, keys and values, dropout 0.05, bf16 adapters, bitsandbytes 0.41; its loss taken for that of 4.48"
 ROWS = [
     Published(what="Mistral-7B LoRA r16 q/k/v/o", config=MISTRAL_7B, batch=4, length=4096, gib=24.87, stack=OLD, recipe=ATTENTION),
     Published(what="Mistral-7B QLoRA r16 q/k/v/o", config=MISTRAL_7B, batch=4, length=4096, gib=15.25, stack=OLD, recipe={**ATTENTION, "method": "qlora"}),
@@ -64,12 +70,17 @@ ROWS = [
               recipe=ATTENTION, note="fused kernels: taken for a loss in place; fused norms are not modelled"),
     Published(what="Llama-3.2-3B LoRA r32 q/v, no checkpointing", config=LLAMA32_3B, batch=4, length=768, gib=20.76, stack=Stack(version="4.48", masked=True),
               recipe={"rank": 32, "targets": ("q_proj", "v_proj")}, reserved=True, note="up to 768 tokens: padded to 768 assumed, and the version"),
-    Published(what="Llama-2-7B LoRA r8 q/v", config=LLAMA2_7B, batch=1, length=1304, gib=21.30 * GB, stack=OLD,
-              recipe={"rank": 8, "targets": ("q_proj", "v_proj")}, note=LITGPT),
-    Published(what="Llama-2-7B QLoRA r8 q/v, NF4", config=LLAMA2_7B, batch=1, length=1304, gib=14.14 * GB, stack=OLD,
-              recipe={"rank": 8, "targets": ("q_proj", "v_proj"), "method": "qlora", "double_quantization": False}, note=LOADED),
-    Published(what="Llama-2-7B QLoRA r8 q/v, NF4 double", config=LLAMA2_7B, batch=1, length=1304, gib=13.84 * GB, stack=OLD,
-              recipe={"rank": 8, "targets": ("q_proj", "v_proj"), "method": "qlora"}, note=LOADED),
+    *(Published(what=f"Llama-2-{size}B {what}", config=config, batch=batch, length=1304, gib=decimal * GB, stack=LITGPT, note=ITS_NOTE,
+                recipe={"rank": 8, "targets": "qkv_proj", "dropout": 0.05, **more})
+      for size, config, what, batch, decimal, more in (
+          (7, fused(LLAMA2_7B), "LoRA r8 q/v", 1, 21.30, {}),
+          (7, fused(LLAMA2_7B), "LoRA r8 q/v", 2, 29.07, {}),
+          (7, fused(LLAMA2_7B), "QLoRA r8 q/v, NF4", 1, 14.14, {"method": "qlora", "double_quantization": False}),
+          (7, fused(LLAMA2_7B), "QLoRA r8 q/v, NF4 double", 1, 13.84, {"method": "qlora"}),
+          (13, fused(LLAMA2_13B), "LoRA r8 q/v", 1, 38.12, {}),
+          (13, fused(LLAMA2_13B), "QLoRA r8 q/v, NF4", 1, 23.14, {"method": "qlora", "double_quantization": False}),
+          (13, fused(LLAMA2_13B), "QLoRA r8 q/v, NF4 double", 1, 22.55, {"method": "qlora"}),
+      )),
 ]  # fmt: skip
 
 

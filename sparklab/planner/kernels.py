@@ -43,6 +43,8 @@ class Engine:
     """Bytes of a number of a 4-bit weight while it is unpacked; 0: the base is not in 4 bits."""
     constant_bytes: float = 0.0
     """Bytes a number of its constants, unpacked before it; 0 where they are fp32 already."""
+    keeps_unpacked_inputs: bool = False
+    """Products with 4-bit weights keep their input, which they never look at again: bitsandbytes did until 0.46."""
     tokens: int = 1
     """Tokens in a row: what is held however many there are is shared out among them."""
     longest: int = 1
@@ -64,8 +66,11 @@ def linear(part: Linear, tape: Tape, engine: Engine, saves: bool, grads: set[str
         _adapter_forward(part, tape, engine, needs_grad)
         if not saves:
             tape.drop_any(source, source + ":dropped", low)
+    idle = f"{part.name}:idle"
     if engine.train_base and saves:
         tape.share(source, part.reads)
+    if engine.keeps_unpacked_inputs and unpacked and needs_grad and saves:
+        tape.share(idle, part.reads)
     if adapted or engine.train_base or needs_grad:
         grads.add(part.writes)
 
@@ -92,6 +97,7 @@ def linear(part: Linear, tape: Tape, engine: Engine, saves: bool, grads: set[str
             tape.hold("base's share", b * part.inputs, viewed=not unpacked)
             tape.pack()
             tape.merge(below, "base's share")
+            tape.drop_any(idle)
         if engine.train_base:
             tape.drop(source)
         tape.drop(gradient)

@@ -15,7 +15,7 @@ from sparklab.errors import RecipeError
 from sparklab.model.anatomy import Anatomy
 from sparklab.planner.items import Item
 from sparklab.planner.ledger import Ledger
-from sparklab.planner.recipe import Recipe
+from sparklab.planner.recipe import DType, Recipe
 
 # Most bytes held for one logit, by transformers version. Traced on 5.23 (10 forward, 12 backward); derived for the older ones: logits in fp32, a shifted
 # copy of them, log-softmax and the logits' gradient in bf16; a fused loss writes its gradient over the copy.
@@ -30,8 +30,14 @@ class Stack:
     """Of transformers; the loss's memory depends on it."""
     autocast: bool = True
     """``bf16=True`` of its Trainer; without it every adapter sees an fp32 copy of its input."""
+    adapter_dtype: DType = "fp32"
+    """Of the adapters' weights; PEFT's default is fp32."""
     masked: bool = False
     """Rows are padded, so attention gets a mask."""
+    copies_attention: bool = False
+    """The attention's output is copied into another order before its projection."""
+    keeps_unpacked_inputs: bool = False
+    """The bitsandbytes of the day keeps the input of every product with a 4-bit weight (until 0.46)."""
 
 
 class StockLedger(Ledger):
@@ -44,13 +50,18 @@ class StockLedger(Ledger):
         stack = stack or Stack()
         if stack.version not in LOGITS_BYTES:
             raise RecipeError(f"what the loss of transformers {stack.version} holds is not known", f"use one of {', '.join(LOGITS_BYTES)}")
-        changes = {"loss": "full", **({} if recipe.method == "full" else {"adapter_dtype": "fp32"})}
+        changes = {"loss": "full", **({} if recipe.method == "full" else {"adapter_dtype": stack.adapter_dtype})}
         super().__init__(anatomy, recipe.replace(**changes), box)
         self.stack = stack
         self.logits_bytes = LOGITS_BYTES[stack.version]
-        low = stack.autocast and not self.full
+        low = stack.autocast and not self.full and stack.adapter_dtype == "fp32"
         self.engine = replace(
-            self.engine, adapter_bytes=self.width if low else self.engine.adapter_bytes, autocast=low, repeats_heads=stack.masked, joins_documents=False
+            self.engine,
+            adapter_bytes=self.width if low else self.engine.adapter_bytes,
+            autocast=low,
+            repeats_heads=stack.masked,
+            joins_documents=stack.copies_attention,
+            keeps_unpacked_inputs=stack.keeps_unpacked_inputs,
         )
 
     @cached_property
