@@ -71,7 +71,9 @@ def moved_bytes(ledger: Ledger) -> float:
     layers = 0.0
     for index, layer in enumerate(ledger.layer_list):
         layers += layer.training.moved_forward * (2 if index < ledger.checkpointed else 1) + layer.training.moved_backward
-    optimizer = 7.0 * ledger.trainable * ledger.trained_width / ledger.recipe.micro_batches_per_update
+    # AdamW reads and writes the weight and both moments, and reads the gradient.
+    moments = sum(item.size_bytes for item in ledger.states if item.name == "optimizer")
+    optimizer = (3.0 * ledger.trainable * ledger.trained_width + 2.0 * moments) / ledger.recipe.micro_batches_per_update
     return (linears * each + experts * ledger.width) * passes + head + layers * ledger.tokens + optimizer
 
 

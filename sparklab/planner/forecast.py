@@ -16,6 +16,7 @@ from sparklab.planner.fixes import Fix, find_fixes
 from sparklab.planner.ledger import Ledger
 from sparklab.planner.recipe import Recipe
 from sparklab.planner.search import STEP_TOKENS, checkpoint_setting, least_checkpointing, longest_row
+from sparklab.planner.stock import StockLedger
 from sparklab.planner.traced import Traced
 from sparklab.units import format_count, gib, is_na, jsonable
 
@@ -74,6 +75,10 @@ class Plan:
         if self.traced is not None:
             traced, ledger = (f"{gib(size):.4g} GiB" for size in (self.traced.peak_bytes, self.ledger.peaks["train"]))
             notes.append(f"traced: the training step holds {traced} at the {self.traced.moment}; these lines say {ledger}")
+        if recipe.engine == "stock":
+            elsewhere = StockLedger(anatomy, recipe, box)
+            notes.append(f"these lines are for the libraries' own code on packed rows; transformers' Trainer and PEFT without sparklab (all logits at once, "
+                         f"adapters in fp32 under autocast) hold {gib(elsewhere.peak_bytes):.4g} GiB on rows as long, without padding")  # fmt: skip
         return (*notes, *box.in_the_way(self.peak_bytes))
 
     @cached_property

@@ -50,7 +50,7 @@ class StockLedger(Ledger):
         stack = stack or Stack()
         if stack.version not in LOGITS_BYTES:
             raise RecipeError(f"what the loss of transformers {stack.version} holds is not known", f"use one of {', '.join(LOGITS_BYTES)}")
-        changes = {"loss": "full", **({} if recipe.method == "full" else {"adapter_dtype": stack.adapter_dtype})}
+        changes = {"loss": "full", "engine": "stock", **({} if recipe.method == "full" else {"adapter_dtype": stack.adapter_dtype})}
         super().__init__(anatomy, recipe.replace(**changes), box)
         self.stack = stack
         self.logits_bytes = LOGITS_BYTES[stack.version]
