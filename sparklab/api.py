@@ -242,12 +242,26 @@ class Run:
 
     # looking
 
-    def panel(self) -> None:
-        """The live panel, in a notebook, or the picture of a run that is over; elsewhere a summary is printed."""
+    def panel(self) -> Run | None:
+        """The live panel, in a notebook, or the picture of a run that is over; elsewhere a summary is printed.
+
+        marimo shows what a cell ends in, so there the run is handed back, which shows itself as its panel.
+        """
+        from sparklab.panels.resident import in_marimo  # noqa: PLC0415
         from sparklab.panels.terminal import summary  # noqa: PLC0415 - panels only where somebody looks
 
+        if in_marimo():
+            return self
         if not self._look():
             print(summary(self.state, self.directory.plan))  # noqa: T201 - what the user asked for
+        return None
+
+    def _display_(self) -> Any:
+        """What marimo shows for a run."""
+        from sparklab.panels.run_panel import LivePanel  # noqa: PLC0415
+
+        self._panel = LivePanel(self.directory)
+        return self._panel._display_()
 
     def _look(self, starting: bool = False) -> bool:
         """Shows the panel where there is a notebook to show it in; ``starting``: a worker is on its way."""

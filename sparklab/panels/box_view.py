@@ -8,6 +8,7 @@ from typing import Any, Final
 from sparklab.box import Box
 from sparklab.box.pool import Pool
 from sparklab.panels import facts, parts
+from sparklab.panels.memory_facts import LIGHTS
 from sparklab.panels.parts import BAD, DIM, FAINT, GOOD, LINE, LOSS, SEGMENTS, WARN, clean, escape, image, one_line, stack_svg
 from sparklab.units import format_bytes, gib, is_na
 
@@ -15,7 +16,7 @@ TRAIL: Final = 120
 """Looks that the little curve remembers."""
 _REST: Final = SEGMENTS[-1]
 TONES: Final = {"good": GOOD, "warn": WARN, "bad": BAD, "unknown": DIM}
-_WORDS: Final = {"good": "At ease", "warn": "Pressed", "bad": "Under pressure", "unknown": "Unknown"}
+_WORDS: Final = {**{level: word.capitalize() for level, word in LIGHTS.items()}, "unknown": "Unknown"}
 
 
 def view(box: Box, pool: Pool, trail: Sequence[float] = ()) -> dict[str, Any]:

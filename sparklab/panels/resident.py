@@ -27,6 +27,12 @@ def shows_widgets_apart() -> bool:
     return in_vscode or ("VSCODE_PID" in os.environ and "JPY_SESSION_NAME" not in os.environ)
 
 
+def in_marimo() -> bool:
+    """True where this code runs in a marimo notebook; never imports marimo where nobody else did."""
+    marimo = sys.modules.get("marimo")
+    return marimo is not None and bool(marimo.running_in_notebook())
+
+
 def _shell() -> Any:
     ipython = sys.modules.get("IPython")
     return ipython.get_ipython() if ipython is not None else None
@@ -34,6 +40,16 @@ def _shell() -> Any:
 
 LOOKING_SECONDS: Final = 12.0
 """How long a page that said it looks is believed; it says so every five seconds, and a browser slows the clocks of a page in the background."""
+
+
+class _Html:
+    """A piece of HTML for a front end that asks for it."""
+
+    def __init__(self, content: str) -> None:
+        self._content = content
+
+    def _repr_html_(self) -> str:
+        return self._content
 
 
 class Resident:
@@ -48,6 +64,8 @@ class Resident:
     def __init__(self) -> None:
         self._guard = threading.RLock()  # the page's messages come on a thread of their own
         self._home = ""
+        self._apart = False
+        """The widget shows itself, and no twin stands in the output."""
         self._handle: Any = None
         self.widget: Any = None
 
@@ -56,29 +74,54 @@ class Resident:
         raise AssertionError("who inherits says what the twin is")
 
     def _make_widget(self) -> Any:
-        """The widget for this panel's ``_home``."""
+        """The widget for this panel's ``_home``; None where the twin says all there is to say."""
         raise AssertionError("who inherits makes the widget")
+
+    def _start(self) -> None:
+        """What goes on once the widget is there."""
 
     def _repr_html_(self) -> str:
         return self._twin()
 
     def _ipython_display_(self) -> None:
+        self.display()
+
+    def _display_(self) -> Any:
+        """What marimo shows: the widget itself, since there an output is no place that a kernel could come back to."""
+        self._apart = True
+        self.widget = self._make_widget()
+        if self.widget is None:
+            return _Html(self._twin())
+        self._start()
+        return self.widget
+
+    def display(self) -> None:
+        """Puts the panel into the current output."""
         from IPython.display import display  # noqa: PLC0415 - only a kernel has it
 
         if self.widget is not None:  # shown a second time: it moves there, and leaves its picture behind
             self._keep()
             self.widget.close()
-        self._home = f"sparklab-{self.kind}-{uuid.uuid4().hex}"
-        self._handle = display(self._bundle(), raw=True, display_id=True)
+            self.widget = None
+        self._apart = in_kernel() and shows_widgets_apart()
+        self._home = "" if self._apart else f"sparklab-{self.kind}-{uuid.uuid4().hex}"
+        if not self._apart:
+            self._handle = display(self._bundle(), raw=True, display_id=True)
         self.widget = self._make_widget() if in_kernel() else None
+        if self._apart:
+            view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id} if self.widget is not None else {}
+            data = {"text/plain": str(self), "application/vnd.jupyter.widget-view+json": view} if view else self._bundle()
+            self._handle = display(data, raw=True, display_id=True)
+        if self.widget is not None:
+            self._start()
 
     def _bundle(self) -> dict[str, str]:
         return {"text/plain": str(self), "text/html": self._twin()}
 
-    def _keep(self) -> None:
-        """Brings the twin in the notebook's output up to date."""
+    def _keep(self, *, last: bool = False) -> None:
+        """Brings the twin in the notebook's output up to date; ``last``: also where the widget stands there itself, which then goes."""
         with self._guard:
-            if self._handle is not None:
+            if self._handle is not None and (last or not self._apart):
                 self._handle.update(self._bundle(), raw=True)
 
 
@@ -101,13 +144,11 @@ class Watcher(Resident):
         """Brings the widget up to date; False where nothing more will come."""
         raise AssertionError("who inherits says what there is to look at")
 
-    def _ipython_display_(self) -> None:
-        super()._ipython_display_()
-        if self.widget is not None:
-            self.widget.on_msg(self._hear)
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._follow, name=f"sparklab-{self.kind}", daemon=True)
-                self._thread.start()
+    def _start(self) -> None:
+        self.widget.on_msg(self._hear)
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._follow, name=f"sparklab-{self.kind}", daemon=True)
+            self._thread.start()
 
     def _hear(self, _widget: Any, content: Any, _buffers: Any) -> None:
         if isinstance(content, dict) and content.get("looking"):

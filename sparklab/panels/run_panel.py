@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from sparklab.errors import SparklabError
 from sparklab.panels import facts, terminal, twin
-from sparklab.panels.resident import Resident, in_kernel, shows_widgets_apart
+from sparklab.panels.resident import Resident, in_kernel
 from sparklab.panels.watch import Watch
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
@@ -114,39 +113,23 @@ class LivePanel(Resident):
         self._done = threading.Event()
         self._wake = threading.Event()
         self._kept_at, self._keep_every = time.monotonic(), KEEP_SECONDS
-        self._apart = False
         self._thread: threading.Thread | None = None
 
-    def display(self) -> None:
-        """Puts the panel into the current output."""
-        from IPython.display import display  # noqa: PLC0415 - only a kernel has it
-
+    def _make_widget(self) -> RunPanel | None:
         state = self._watch.refresh()
-        self._home = f"sparklab-{self.kind}-{uuid.uuid4().hex}"
         if self._watch.over:
             self._done.set()
-            self._handle = display(self._bundle(), raw=True, display_id=True)
-            return
-        self._apart = shows_widgets_apart()
-        if not self._apart:
-            self._handle = display(self._bundle(), raw=True, display_id=True)
-        self.widget = self._make_widget()
-        self.widget.update(state, self._plan)
-        if self._apart:
-            view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
-            self._handle = display({"text/plain": str(self), "application/vnd.jupyter.widget-view+json": view}, raw=True, display_id=True)
-        self._thread = threading.Thread(target=self._follow, name=f"sparklab-panel-{self._title[0]}", daemon=True)
-        self._thread.start()
-
-    def _ipython_display_(self) -> None:
-        self.display()
-
-    def _make_widget(self) -> RunPanel:
+            return None
         from sparklab.panels.widget import RunPanel  # noqa: PLC0415 - ipywidgets loads when a widget is made, not before
 
-        home = "" if self._apart else self._home
         prompts = facts.has_prompts(self.directory)
-        return RunPanel(name=list(self._title), home=home, clip=self._clip, prompts=prompts, on_command=self.command, on_seen=self._wake.set)
+        widget = RunPanel(name=list(self._title), home=self._home, clip=self._clip, prompts=prompts, on_command=self.command, on_seen=self._wake.set)
+        widget.update(state, self._plan)
+        return widget
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._follow, name=f"sparklab-panel-{self._title[0]}", daemon=True)
+        self._thread.start()
 
     def command(self, name: str, details: dict[str, Any] | None = None) -> None:
         """What a button does: asks the worker and says so at once."""
@@ -177,7 +160,7 @@ class LivePanel(Resident):
             if self.widget is not None:
                 self.refresh()
             self._home = ""  # nothing takes this picture's place any more
-            self._keep()
+            self._keep(last=True)
 
     def join(self, timeout_seconds: float | None = None) -> bool:
         """Waits for the panel's thread; True when it has ended."""

@@ -43,7 +43,7 @@ def test_twin_and_terminal_say_the_same_and_let_nothing_through():
     seen = box_view.view(SPARK, BUSY)
     content, text = box_view.twin_html(seen, "home"), box_view.text(seen)
     assert_inert(content, "div", "span", "b", "img")
-    for words in ("Pressed", "14 GiB available", "run chat-1", "80.0 GiB", "3.2 % of the time"):
+    for words in ("Tight", "14 GiB available", "run chat-1", "80.0 GiB", "3.2 % of the time"):
         assert words in content and words in text
     assert "\x1b" not in text and "8 GiB kept free" in content
     assert text.splitlines()[2].count("█") == pytest.approx(text.splitlines()[3].count("█") * 4, abs=3)

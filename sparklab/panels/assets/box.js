@@ -53,16 +53,15 @@ function showBox(ui, root, view) {
   drawTrail(ui, view, root);
 }
 
-function initialize({ model }) {
+function liveBox(model) {
   const root = make("div", "sparklab sl-box", "", { role: "group", "aria-label": "This box" });
   const ui = boxLayout(root);
   const show = () => { showBox(ui, root, model.get("view")); root.dataset.looks = model.get("view").trail.length; };
   model.on("change:view", show);
   show();
-  const stops = [dwell(root, model.get("home")), lookAt(model, root), onTheme(show)];
-  const sizes = new ResizeObserver(show);
+  const stops = [lookAt(model, root), onTheme(show)], sizes = new ResizeObserver(show);
   sizes.observe(root);
-  return () => { model.off("change:view", show); sizes.disconnect(); for (const stop of stops) stop(); };
+  return { root, stop: () => { model.off("change:view", show); sizes.disconnect(); for (const stop of stops) stop(); } };
 }
 
-export default { initialize };
+export default resident(liveBox);

@@ -221,12 +221,12 @@ function stackBar(bar, parts, scale, line) {
   for (const [index, part] of parts.entries()) {
     const node = bar.children[index];
     node.className = part.hatched ? "sl-part sl-hatched" : "sl-part";
-    node.style.width = `${100 * part.gib / (scale || 1)}%`;
+    node.style.width = `${100 * part.gib / (scale || 1)}%`; node.style.left = ""; // a node may have been the line before
     node.style.setProperty("--sl-own", part.colour || "transparent");
     node.title = `${part.name}: ${part.text}`;
   }
   const mark = bar.children[parts.length];
-  mark.className = "sl-usable";
+  mark.className = "sl-usable"; mark.style.width = ""; mark.title = "";
   mark.hidden = line === null || line === undefined;
   if (!mark.hidden) mark.style.left = `${100 * line / (scale || 1)}%`;
 }
@@ -244,4 +244,29 @@ function legendOf(list, parts) {
     square.style.setProperty("--sl-own", part.colour || "transparent");
     say(name, part.name); say(size, part.text);
   }
+}
+
+/** Both ways a panel comes to a page: into the place of its twin, or, without a home, where the front end shows widgets. live(model) makes {root, stop}. */
+function resident(live) {
+  return {
+    initialize({ model }) {
+      const home = model.get("home");
+      if (!home) return undefined;
+      const { root, stop } = live(model), leave = dwell(root, home);
+      const end = () => { leave(); stop(); root.remove(); };
+      model.on("comm_live_update", end);
+      return end;
+    },
+    render({ model, el }) {
+      if (model.get("home")) return undefined;
+      try {
+        const { root, stop } = live(model);
+        el.appendChild(root);
+        return stop;
+      } catch (error) { // a panel that cannot draw says so where it would have been
+        el.replaceChildren(make("pre", "", `The panel could not be drawn: ${error && error.message}`));
+        return undefined;
+      }
+    },
+  };
 }

@@ -99,7 +99,7 @@ function planControls(ui, model, scales) {
   return read;
 }
 
-function initialize({ model }) {
+function livePlan(model) {
   const scales = model.get("scales");
   const root = make("div", "sparklab sl-plan", "", { role: "group", "aria-label": "Plan" });
   const ui = planLayout(root, scales), read = planControls(ui, model, scales);
@@ -108,8 +108,7 @@ function initialize({ model }) {
   const show = () => { showPlan(ui, model.get("view"), read()); root.dataset.seen = JSON.stringify(model.get("view").settings); };
   model.on("change:view", show);
   show();
-  const leave = dwell(root, model.get("home"));
-  return () => { model.off("change:view", show); leave(); };
+  return { root, stop: () => model.off("change:view", show) };
 }
 
-export default { initialize };
+export default resident(livePlan);

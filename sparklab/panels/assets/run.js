@@ -308,26 +308,4 @@ function live(model) {
   return { root, stop };
 }
 
-/** In the place of its twin, in whatever output that stands; a kernel that is gone leaves the twin. */
-function initialize({ model }) {
-  const home = model.get("home");
-  if (!home) return undefined;
-  const { root, stop } = live(model), leave = dwell(root, home);
-  const end = () => { leave(); stop(); root.remove(); };
-  model.on("comm_live_update", end);
-  return end;
-}
-
-function render({ model, el }) {
-  if (model.get("home")) return undefined;
-  try {
-    const { root, stop } = live(model);
-    el.appendChild(root);
-    return stop;
-  } catch (error) { // a panel that cannot draw says so where it would have been
-    el.replaceChildren(make("pre", "", `The panel could not be drawn: ${error && error.message}`));
-    return undefined;
-  }
-}
-
-export default { initialize, render };
+export default resident(live);

@@ -108,7 +108,7 @@ function sayAt(ui, view, curves) {
   return say(ui.at, [view.by_tokens ? `${compact(ui.cursor)} tokens` : `step ${Math.round(ui.cursor).toLocaleString("en")}`, ...values.filter(Boolean)].join(" · "));
 }
 
-function initialize({ model }) {
+function liveRuns(model) {
   const root = make("div", "sparklab sl-runs", "", { role: "group", "aria-label": "Runs side by side" });
   const ui = runsLayout(root);
   let view, curves, place = null;
@@ -135,8 +135,8 @@ function initialize({ model }) {
   show();
   const sizes = new ResizeObserver(draw);
   sizes.observe(root);
-  const stops = [dwell(root, model.get("home")), lookAt(model, root), onTheme(draw)];
-  return () => { model.off("change:points change:view", show); sizes.disconnect(); for (const stop of stops) stop(); };
+  const stops = [lookAt(model, root), onTheme(draw)];
+  return { root, stop: () => { model.off("change:points change:view", show); sizes.disconnect(); for (const stop of stops) stop(); } };
 }
 
-export default { initialize };
+export default resident(liveRuns);
