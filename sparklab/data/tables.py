@@ -10,7 +10,7 @@ import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from sparklab.data.faults import WrongError, excerpt
 from sparklab.data.rows import Row
@@ -19,6 +19,12 @@ from sparklab.errors import DataError, DataNotFound
 
 BATCH: Final = 256
 """Rows decoded at a time."""
+UNPACKED_LIMIT: Final = 256 * 2**20
+"""Bytes of a Parquet column chunk from which on it is asked how well it packs."""
+PACKED_LIMIT: Final = 200
+"""Unpacked bytes for each packed one that no such chunk of text has."""
+VALUES_LIMIT: Final = 2**27
+"""Most values of a Parquet column chunk: a million rows of a hundred messages each have fewer."""
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}(?::[\w.-]+)?")
 _FILE_LIKE: Final = re.compile(r"\.(?:jsonl?|ndjson|csv|tsv|parquet|arrow|feather|txt|md|gz|zip)$", re.IGNORECASE)
 
@@ -32,28 +38,38 @@ def csv_rows(path: Path, source: str, delimiter: str) -> Iterator[Row]:
         # A spreadsheet set to a language with decimal commas writes semicolons.
         if delimiter == "," and first.count(";") > first.count(","):
             delimiter = ";"
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
         header: list[str] | None = None
-        number = 0
-        while True:
-            number += 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                # Behind a quote that is not closed everything is one cell: there is no next record to go on with.
-                raise DataError(f"{source}:{number}: not CSV ({error})", "close or double the quotes; write the file with a CSV writer") from None
-            if not cells:
-                continue
+        for number, cells in _csv_cells(csv.reader(_bounded_lines(file, source), delimiter=delimiter, strict=True), source):
             if header is None:
                 header = _header(cells, source)
-                continue
-            if len(cells) != len(header):
-                detail = f"{len(cells)} cells, the header has {len(header)}"
-                yield Row(number, None, WrongError("a row of another width", cells, detail=detail, fix="quote cells that hold the delimiter"), source)
-                continue
-            yield Row(number, {name: cell for name, cell in zip(header, cells, strict=True) if cell != ""}, None, source)
+            elif len(cells) != len(header):
+                detail = f"{len(cells):,} cells, the header has {len(header):,}"
+                yield Row(number, None, WrongError("a row of another width", cells[:20], detail=detail, fix="quote cells that hold the delimiter"), source)
+            else:
+                yield Row(number, {name: cell for name, cell in zip(header, cells, strict=True) if cell != ""}, None, source)
+
+
+def _csv_cells(reader: Any, source: str) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of every row that is not blank."""
+    number = 0
+    while True:
+        number += 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # Behind a quote that is not closed everything is one cell: there is no next record to go on with.
+            raise DataError(f"{source}:{number}: not CSV ({error})", "close or double the quotes; write the file with a CSV writer") from None
+        if cells:
+            yield number, cells
+
+
+def _bounded_lines(file: IO[str], source: str) -> Iterator[str]:
+    while line := file.readline(LINE_LIMIT + 1):
+        if len(line) > LINE_LIMIT:
+            raise DataError(f"{source} has a line of more than {LINE_LIMIT // 2**20} MiB", "this is no CSV file, or its line ends are missing")
+        yield line
 
 
 def _header(cells: list[str], source: str) -> list[str]:
@@ -69,18 +85,35 @@ def _header(cells: list[str], source: str) -> list[str]:
 
 
 def parquet_rows(path: Path, source: str) -> Iterator[Row]:
-    """A row for every row, decoded a few at a time."""
+    """A row for every row, decoded a few at a time.
+
+    Before anything is unpacked its declared size is looked at, and texts that the file keeps once and points to often stay so: a file of a
+    few kilobytes can stand for terabytes.
+    """
     import pyarrow  # noqa: PLC0415
     import pyarrow.parquet  # noqa: PLC0415
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            texts = [column.path for column in map(file.schema.column, range(len(file.schema))) if column.physical_type == "BYTE_ARRAY"]
+            _refuse_bomb(file.metadata, source)
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             number = 0
-            for batch in file.iter_batches(batch_size=BATCH):
+            for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
                 yield from _batch_rows(batch, number, source)
                 number += len(batch)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise DataError(f"{source} cannot be read as Parquet: {excerpt(str(error))}", "write it anew: the file is damaged or cut") from None
+
+
+def _refuse_bomb(metadata: Any, source: str) -> None:
+    """Raise :class:`DataError` for a file that unpacks to far more than any text does."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            unpacked, packed = column.total_uncompressed_size, max(column.total_compressed_size, 1)
+            if (unpacked > UNPACKED_LIMIT and unpacked > PACKED_LIMIT * packed) or column.num_values > VALUES_LIMIT:
+                fact = f"{source}: column {excerpt(column.path_in_schema)} packs {unpacked:,} bytes, {column.num_values:,} values, into {packed:,}"
+                raise DataError(fact, "no text packs so well; if it is meant, write it anew in smaller row groups")
 
 
 def arrow_rows(path: Path, source: str) -> Iterator[Row]:
@@ -91,10 +124,11 @@ def arrow_rows(path: Path, source: str) -> Iterator[Row]:
         with pyarrow.memory_map(str(path)) as file:
             number = 0
             for batch in _arrow_batches(file):
+                batch.validate(full=True)  # offsets that point elsewhere would crash this process
                 for start in range(0, len(batch), BATCH):
                     yield from _batch_rows(batch.slice(start, BATCH), number + start, source)
                 number += len(batch)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise DataError(f"{source} cannot be read as Arrow: {excerpt(str(error))}", "write it anew: the file is damaged or cut") from None
 
 
@@ -110,9 +144,56 @@ def _arrow_batches(file: Any) -> Iterator[Any]:
 
 
 def _batch_rows(batch: Any, before: int, source: str) -> Iterator[Row]:
+    """The rows of a batch: all at once, or one by one where they are large or hold what is no text."""
+    if sum(map(_weight, batch.columns)) <= LINE_LIMIT:
+        try:
+            for index, record in enumerate(batch.to_pylist()):
+                yield Row(before + index + 1, record, None, source)
+            return
+        except UnicodeDecodeError:
+            pass
     for index in range(len(batch)):
-        (record,) = batch.slice(index, 1).to_pylist()
-        yield Row(before + index + 1, record, None, source)
+        yield _row(batch.slice(index, 1), before + index + 1, source)
+
+
+def _row(batch: Any, number: int, source: str) -> Row:
+    weight = sum(map(_weight, batch.columns))
+    if weight > LINE_LIMIT:
+        return Row(number, None, WrongError("row too large", detail=f"{weight:,} bytes", fix=f"split records of more than {LINE_LIMIT // 2**20} MiB"), source)
+    try:
+        return Row(number, batch.to_pylist()[0], None, source)
+    except UnicodeDecodeError as error:
+        shown = error.object[max(0, error.start - 20) : error.start + 200].decode("utf-8", "backslashreplace")
+        detail = f"byte 0x{error.object[error.start]:02x}"
+        return Row(number, None, WrongError("not UTF-8", shown, detail=detail, fix="write the texts as UTF-8"), source)
+
+
+def _weight(array: Any) -> int:
+    """Bytes of an array as Python values, nearly: of texts that are kept once and pointed to, what all pointers together would be."""
+    from pyarrow import compute, types  # noqa: PLC0415
+
+    kind = array.type
+    if types.is_dictionary(kind) and _is_text(kind.value_type):
+        return _sum(compute.binary_length(array.dictionary).take(array.indices))
+    if _is_text(kind):
+        return _sum(compute.binary_length(array))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
+        return 8 * len(array) + _weight(array.flatten() if not types.is_map(kind) else array.items)
+    if types.is_struct(kind):
+        return 64 * len(array) + sum(map(_weight, array.flatten()))
+    return int(array.nbytes)
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types  # noqa: PLC0415
+
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _sum(lengths: Any) -> int:
+    from pyarrow import compute  # noqa: PLC0415
+
+    return int(compute.sum(lengths.cast("int64")).as_py() or 0)
 
 
 # ---------------------------------------------------------------- the hub
