@@ -15,6 +15,7 @@ from sparklab.data.read import check, resolved
 from sparklab.errors import RunError, UnknownFamily
 from sparklab.model.source import check_trainable
 from sparklab.planner import plan as make_plan
+from sparklab.planner.kept import kept
 from sparklab.planner.recipe import Method, Recipe
 from sparklab.results.job import ask
 from sparklab.run import launch
@@ -78,21 +79,27 @@ def plan(
     return planned
 
 
-def train(recipe: Recipe, path: str | os.PathLike[str] | None = None, *, inline: bool = False, panel: bool = True, force: bool = False) -> Run:
+def train(
+    recipe: Recipe, path: str | os.PathLike[str] | None = None, *, data: Any = None, inline: bool = False, panel: bool = True, force: bool = False
+) -> Run:
     """Starts a run in the directory ``path`` (default: ``runs/`` and a name of its own) and returns at once.
 
     A worker process trains; this one stays free. In a notebook a live panel appears (``panel=False``: none). ``inline=True`` trains in this
     process instead and returns when it is over. Everything that can be known beforehand is checked before anything is written: the recipe,
-    the model's files, every line of the data, the disk, and that the plan fits (``force=True`` starts what does not).
+    the model's files, every line of the data, the disk, and that the plan fits (``force=True`` starts what does not). ``data`` takes the
+    place of the recipe's: a path, or records from memory (a pandas DataFrame, a list of dicts, a ``datasets.Dataset``), which are written
+    beside the run first.
 
     Raises RecipeError, ModelError, DataError, DoesNotFit, DiskFull, RunExists.
     """
     target = Path(path) if path is not None else RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.fingerprint[:4]}"
     planned = make_plan(recipe, box=Box.detect())
     check_trainable(recipe.model)
-    for data in (recipe.data, recipe.held_out):
-        if isinstance(data, str):
-            check(data, recipe.format, recipe.on_bad)
+    if data is not None:
+        recipe = recipe.replace(data=kept(data, target.parent / "data"))
+    for records in (recipe.data, recipe.held_out):
+        if isinstance(records, str):
+            check(records, recipe.format, recipe.on_bad)
     if not force:
         planned.check()
     launch.check_writable(target)

@@ -38,7 +38,7 @@ class _Faulty(Exception):
 def recognise(records: Iterable[dict[str, Any]], source: str) -> str | None:
     """The format of most of these records, the first of equals; None where there is none that any of them has.
 
-    Raises :class:`DataError` where records can be read in two ways.
+    Holds one of them at a time. Raises :class:`DataError` where records can be read in two ways.
     """
     votes: Counter[str] = Counter()
     for record in records:

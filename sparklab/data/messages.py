@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -11,8 +10,6 @@ from sparklab.data.faults import WrongError
 from sparklab.data.record import ROLES, THOUGHTS, Message
 from sparklab.data.strict import type_name, value_of
 
-_SURROGATE: Final = re.compile("[\ud800-\udfff]")
-_BYTES: Final = re.compile("[\udc80-\udcff]")
 _ORDER_FIX: Final = "order the roles as: system (if any), then user and assistant in turn (tool results after the assistant's call), assistant last"
 _ALIASES: Final = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant", "developer": "system", "function": "tool",
@@ -97,7 +94,7 @@ def _check_message(message: object, at: str, name: str, shape: Shape, checked: C
     if ours == "assistant" and not wrong and not made["content"].strip() and "tool_calls" not in made:
         fix = "remove the records whose answer is empty"
         wrong.append(WrongError(f"empty assistant {shape.content}", message.get(shape.content), field=f"{at}.{shape.content}", fix=fix))
-    checked.ignored |= {f"{name}[].{key}" for key, kept in message.items() if key not in (shape.role, shape.content, *made) and kept is not None}
+    checked.ignored |= {f"{name}[].{key}" for key, kept in message.items() if key not in (shape.role, shape.content, *made) and kept not in (None, [], {})}
     checked.wrong += wrong
     checked.messages.append(made)
 
@@ -197,11 +194,16 @@ def check_text(text: str, at: str) -> None:
     """Raises :class:`WrongError` for text that no tokenizer should see."""
     if "\0" in text:
         raise WrongError("NUL byte", text, field=at, fix="remove the \\u0000 from the text")
-    if found := _SURROGATE.search(text):
-        if _BYTES.match(found[0]):  # how a CSV's undecodable bytes arrive
-            shown = text[max(0, found.start() - 20) :]
-            raise WrongError("not UTF-8", shown, field=at, detail=f"byte 0x{ord(found[0]) - 0xDC00:02x}", fix="save the file as UTF-8")
-        raise WrongError("half a surrogate pair", text, field=at, fix="mend the text: some tool cut an emoji in half")
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) - 0xDC00
+        if 0x80 <= byte <= 0xFF:  # how a CSV's undecodable bytes arrive
+            shown = text[max(0, error.start - 20) : error.start + 200]
+            raise WrongError("not UTF-8", shown, field=at, detail=f"byte 0x{byte:02x}", fix="save the file as UTF-8") from None
+        raise WrongError("half a surrogate pair", text, field=at, fix="mend the text: some tool cut an emoji in half") from None
 
 
 def check_text_within(value: Any, at: str) -> None:

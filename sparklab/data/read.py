@@ -11,9 +11,9 @@ import hashlib
 import stat
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sparklab.data import rows, tables
 from sparklab.data.faults import Faults, excerpt
@@ -92,12 +92,16 @@ class Source:
 
     def _sniff(self) -> str | None:
         """The format of the first records that can be read at all."""
-        found = []
-        for row, seen in zip(self.rows(), count(1), strict=False):
-            found += [row.record] if row.record is not None else []
-            if len(found) == SNIFFED or (found and seen > 10 * SNIFFED):
-                break
-        return recognise(found, self.name)
+        return recognise(self._first_good(), self.name)
+
+    def _first_good(self) -> Iterator[dict[str, Any]]:
+        found = 0
+        for seen, row in enumerate(self.rows()):
+            if row.record is not None:
+                found += 1
+                yield row.record
+            if found == SNIFFED or (found and seen > 10 * SNIFFED):
+                return
 
 
 def open_source(data: str | Path, format: str = "auto") -> Source:  # noqa: A002 - the recipe's word

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
@@ -12,6 +13,9 @@ from sparklab.errors import DataError
 
 FIELDS: Final = ("messages", "conversations", "prompt", "instruction", "text", "chosen")
 """Fields by which a JSON object is a record rather than a set of splits."""
+
+
+_BUFFER: Final = 2**20
 
 
 class Row(NamedTuple):
@@ -25,7 +29,7 @@ class Row(NamedTuple):
 
 def jsonl_rows(path: Path, source: str) -> Iterator[Row]:
     """A row for every line that is not blank."""
-    with path.open("rb") as file:
+    with path.open("rb", buffering=_BUFFER) as file:
         for line, raw in _lines(file):
             try:
                 yield Row(line, strict.record_of(raw), None, source)
@@ -41,8 +45,11 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
         if line == 1 and raw.startswith(strict.BOM):
             raw = raw[len(strict.BOM) :]
         if len(raw) > limit:
-            while raw and not raw.endswith(b"\n"):
-                raw = file.readline(limit)
+            while not raw.endswith(b"\n") and (raw := file.read(_BUFFER)):
+                end = raw.find(b"\n") + 1
+                if end:
+                    file.seek(end - len(raw), os.SEEK_CUR)
+                    break
             yield line, None
         elif raw.strip():
             yield line, raw
@@ -108,20 +115,22 @@ def json_splits(path: Path, source: str) -> list[str]:
     """The names of the arrays of records that the object in this file holds; empty where the file is an array, or records. Reads it once, streaming."""
     with path.open("rb") as file:
         reader = strict.JsonReader(file)
-        if reader.peek() != "{":
-            return []
-        names = []
         try:
-            for name in reader.members():
-                if name in FIELDS:
-                    return []
-                if reader.peek() == "[" and _pass_over(reader):
-                    names.append(name)
-                elif reader.peek() not in (",", "}"):
-                    _pass_over(reader)
+            return _splits(reader) if reader.peek() == "{" else []
         except WrongError as wrong:
             raise DataError(str(wrong.at(source, reader.line)), wrong.fix) from None
-        return names if not reader.peek() else []
+
+
+def _splits(reader: strict.JsonReader) -> list[str]:
+    names = []
+    for name in reader.members():
+        if name in FIELDS:
+            return []
+        if reader.peek() == "[" and _pass_over(reader):
+            names.append(name)
+        elif reader.peek() not in (",", "}"):
+            _pass_over(reader)
+    return [] if reader.peek() else names
 
 
 def _pass_over(reader: strict.JsonReader) -> bool:

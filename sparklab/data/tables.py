@@ -19,7 +19,9 @@ from sparklab.errors import DataError, DataNotFound
 
 BATCH: Final = 256
 """Rows decoded at a time."""
-UNPACKED_LIMIT: Final = 256 * 2**20
+FEW: Final = 16
+"""Rows decoded at a time where each may be large."""
+UNPACKED_LIMIT: Final = 64 * 2**20
 """Bytes of a Parquet column chunk from which on it is asked how well it packs."""
 PACKED_LIMIT: Final = 200
 """Unpacked bytes for each packed one that no such chunk of text has."""
@@ -95,15 +97,33 @@ def parquet_rows(path: Path, source: str) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            texts = [column.path for column in map(file.schema.column, range(len(file.schema))) if column.physical_type == "BYTE_ARRAY"]
             _refuse_bomb(file.metadata, source)
-        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
+            texts = [column.path for column in map(file.schema.column, range(len(file.schema))) if column.physical_type == "BYTE_ARRAY"]
+        with pyarrow.parquet.ParquetFile(path) as plain, pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as pointing:
             number = 0
-            for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
-                yield from _batch_rows(batch, number, source)
-                number += len(batch)
+            for group in range(pointing.num_row_groups):
+                for batch in _group_batches(plain, pointing, group):
+                    yield from _batch_rows(batch, number, source)
+                    number += len(batch)
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise DataError(f"{source} cannot be read as Parquet: {excerpt(str(error))}", "write it anew: the file is damaged or cut") from None
+
+
+def _group_batches(plain: Any, pointing: Any, group: int) -> Iterator[Any]:
+    """The rows of one row group, a few at a time, texts pointed to where pyarrow can keep them so, which within lists is not always."""
+    import pyarrow  # noqa: PLC0415
+
+    done = 0
+    try:
+        for batch in pointing.iter_batches(batch_size=BATCH, row_groups=[group], use_threads=False):
+            yield batch
+            done += len(batch)
+    except pyarrow.ArrowNotImplementedError:
+        for batch in plain.iter_batches(batch_size=FEW, row_groups=[group], use_threads=False):
+            left = batch.slice(min(done, len(batch)))
+            done -= len(batch) - len(left)
+            if len(left):
+                yield left
 
 
 def _refuse_bomb(metadata: Any, source: str) -> None:
@@ -219,6 +239,7 @@ def load_hub(name: str, split: str) -> Any:
 def dataset_rows(dataset: Any, source: str) -> Iterator[Row]:
     """A row for every row of a ``datasets.Dataset``."""
     number = 0
-    for batch in dataset.with_format("arrow").iter(BATCH):
-        yield from _batch_rows(batch, number, source)
-        number += len(batch)
+    for table in dataset.with_format("arrow").iter(BATCH):
+        for batch in table.to_batches():
+            yield from _batch_rows(batch, number, source)
+            number += len(batch)
