@@ -581,7 +581,8 @@ def test_large_ones_take_little_memory(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))\n"
         "for name in LARGE: print(json.dumps([name, *outcome(Path(sys.argv[2]) / name), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))\n"
     )
-    result = subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=5 * SECONDS, check=False)
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=5 * SECONDS, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     found = {name: (count, said, peak) for name, count, said, peak in map(json.loads, result.stdout.splitlines())}
     assert set(found) == set(LARGE) and len(LARGE) == 10
