@@ -118,7 +118,7 @@ def _group_batches(plain: Any, pointing: Any, group: int) -> Iterator[Any]:
         for batch in pointing.iter_batches(batch_size=BATCH, row_groups=[group], use_threads=False):
             yield batch
             done += len(batch)
-    except pyarrow.ArrowNotImplementedError:
+    except pyarrow.ArrowException:  # of a damaged file it comes again below
         for batch in plain.iter_batches(batch_size=FEW, row_groups=[group], use_threads=False):
             left = batch.slice(min(done, len(batch)))
             done -= len(batch) - len(left)
