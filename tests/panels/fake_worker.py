@@ -30,7 +30,8 @@ class Worker:
 
     def obey(self):
         for file in sorted((self.run / "commands").glob("*.json")):
-            command = json.loads(file.read_text())["command"]
+            content = json.loads(file.read_text())
+            command = content["command"]
             file.unlink()
             if command == "stop":
                 self.stopping = True
@@ -38,12 +39,19 @@ class Worker:
                 self.paused = command == "pause"
                 self.say("phase", phase="paused" if self.paused else "train")
             elif command == "sample":
-                self.sample()
+                self.sample(content.get("prompts"))
+            elif command == "evaluate":
+                self.evaluate(0.8)
             elif command == "checkpoint":
                 self.say("checkpoint", step=self.step, path=f"checkpoints/step-{self.step:06d}", bytes=12345678)
-            self.say("command", name=command, id=file.stem, detail="")
+            detail = f"2e-4 → {content['learning_rate']:g}" if command == "learning_rate" else ""
+            self.say("command", name=command, id=file.stem, refused=False, detail=detail)
 
-    def sample(self):
+    def sample(self, prompts=None):
+        for prompt in prompts or ():
+            self.say("sample", step=self.step, prompt=prompt, text=f"You asked: {prompt}")
+        if prompts:
+            return
         text = ARABIC + (HOSTILE if self.options.hostile else "")
         self.say("sample", step=self.step, prompt="Greet the world in Arabic.", text=text)
         self.say(
@@ -52,7 +60,8 @@ class Worker:
 
     def memory(self):
         now = 3.1e9 + 2e8 * math.sin(self.step / 9)
-        self.say("memory", process_bytes=now, peak_bytes=max(3.25e9, now), available_bytes=19e9, total_bytes=24e9)
+        self.say("memory", process_bytes=now, peak_bytes=max(3.25e9, now), available_bytes=14e9, total_bytes=24e9, free_bytes=6e9,
+                 cached_bytes=8.5e9, swap_used_bytes=0, pressure_percent=0.0, others={"ollama (process 812)": 3e9, HOSTILE: 1e9}, watts=41.0)  # fmt: skip
 
     def advance(self):
         options, step = self.options, self.step
@@ -61,7 +70,7 @@ class Worker:
             loss = None
         self.say("step", step=step, steps=options.steps, epoch=3 * step / options.steps, loss=loss, tokens=2000 + step % 7,
                  learning_rate=2e-4 * min(1, step / 20) * (1 - step / options.steps), grad_norm=1.1 + 0.6 * math.sin(step / 3) + 2 * math.exp(-step / 9),
-                 seconds=max(options.delay, 0.002) * (1 + 0.2 * math.sin(step)))  # fmt: skip
+                 seconds=max(options.delay, 0.002) * (1 + 0.2 * math.sin(step)), wait_seconds=options.delay * 0.01)  # fmt: skip
         if step % 10 == 0:
             self.memory()
         if step % max(1, options.steps // 10) == 0:
@@ -96,8 +105,8 @@ class Worker:
             if self.step == options.die_at:
                 os._exit(9)
             if self.step == options.fail_at:
-                return self.say("failed", step=self.step, error="RunFailed", fact="loss nan and gradient norm nan at step 230: the update cannot be trusted",
-                                fix="resume from the last checkpoint with a lower learning rate")  # fmt: skip
+                fact = f"loss nan at step {self.step}: the update cannot be trusted" + HOSTILE * options.hostile
+                return self.say("failed", step=self.step, error="RunFailed", fact=fact, fix="resume from the last checkpoint with a lower learning rate")
             self.advance()
             time.sleep(options.delay)
         self.evaluate(0.4, exact_match=0.94, n=200)

@@ -18,11 +18,13 @@ FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 AXE = pathlib.Path(sys.prefix) / "node" / "node_modules" / "axe-core" / "axe.min.js"
+OLD_KERNEL = pathlib.Path(sys.prefix) / "ipykernel-6.31"
+"""ipykernel 6.31, which knows no subshells: put there by make, unpacked beside the latest."""
 IDLE = "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 RUN_CELL = "i => { const w = jupyterapp.shell.currentWidget; w.content.activeCellIndex = i; return jupyterapp.commands.execute('notebook:run-cell'); }"
 
 
-def write_notebook(path, cells):
+def write_notebook(path, cells, kernel="python3"):
     """A notebook of code cells, never run."""
     path.write_text(
         json.dumps(
@@ -31,7 +33,7 @@ def write_notebook(path, cells):
                     {"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
                     for i, source in enumerate(cells)
                 ],
-                "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+                "metadata": {"kernelspec": {"name": kernel, "display_name": kernel, "language": "python"}},
                 "nbformat": 4,
                 "nbformat_minor": 5,
             }
@@ -39,19 +41,37 @@ def write_notebook(path, cells):
     )
 
 
-@contextlib.contextmanager
-def server(folder, *, dark=False, subshells=True):
-    """JupyterLab with ``folder/work`` as its root; yields its address."""
+def configure(folder, *, dark=False, subshells=True):
+    """What a page reads as it opens: theme, and whether widgets talk over subshells."""
     settings = {
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
         "apputils-extension/themes": {"theme": "JupyterLab Dark" if dark else "JupyterLab Light"},
+        "notebook-extension/tracker": {} if subshells else {"commsOverSubshells": "disabled"},
     }
-    if not subshells:
-        settings["notebook-extension/tracker"] = {"commsOverSubshells": "disabled"}
     for name, value in settings.items():
         file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(value))
+
+
+def offer_old_kernel(folder):
+    """A kernel named ``old``: ipykernel 6.31 in the same Python, found before the latest."""
+    places = ":".join([str(OLD_KERNEL), os.environ.get("PYTHONPATH", "")]).strip(":")
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "old",
+        "language": "python",
+        "env": {"PYTHONPATH": places},
+    }
+    file = folder / "d" / "kernels" / "old" / "kernel.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(spec))
+
+
+@contextlib.contextmanager
+def server(folder, *, dark=False, subshells=True):
+    """JupyterLab and Notebook 7 with ``folder/work`` as their root; yields the address of both."""
+    configure(folder, dark=dark, subshells=subshells)
     (folder / "work").mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -61,7 +81,7 @@ def server(folder, *, dark=False, subshells=True):
     command = [
         sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
         "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={folder / 'work'}",
-        "--LabApp.expose_app_in_browser=True",
+        "--LabApp.expose_app_in_browser=True", "--JupyterNotebookApp.expose_app_in_browser=True",
     ]  # fmt: skip
     with open(folder / "server.log", "w") as log:
         process = subprocess.Popen(
@@ -88,8 +108,8 @@ def server(folder, *, dark=False, subshells=True):
 class Lab:
     """One page on one notebook; remembers every request and every dialog."""
 
-    def __init__(self, page, address):
-        self.page, self.address = page, address
+    def __init__(self, page, address, app="lab"):
+        self.page, self.address, self.app = page, address, app
         page.set_default_timeout(120_000)  # a loaded machine takes a minute to draw JupyterLab for the first time
         self.requests, self.dialogs, self.errors = [], [], []
         page.on("request", lambda request: self.requests.append(request.url))
@@ -104,8 +124,12 @@ class Lab:
             dialog.dismiss()
 
     def open(self, name):
-        self.page.goto(f"{self.address}doc/tree/{name}")
+        self.show(name)
         self.page.wait_for_function(IDLE, timeout=120_000)
+
+    def show(self, name):
+        """The notebook's page, with or without a kernel."""
+        self.page.goto(f"{self.address}{'doc/tree' if self.app == 'lab' else 'notebooks'}/{name}")
 
     def reload(self):
         self.page.reload()
@@ -113,6 +137,10 @@ class Lab:
 
     def run(self, index):
         self.page.evaluate(RUN_CELL, index)
+
+    def begin(self, index):
+        """Runs a cell without waiting for its end."""
+        self.page.evaluate(f"i => {{ ({RUN_CELL})(i); }}", index)
 
     def cell(self, index):
         return self.page.locator(".jp-Notebook .jp-CodeCell").nth(index)
