@@ -5,17 +5,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 FILES := sparklab tests examples benchmarks
 
-.PHONY: quickstart test test-fast lint lab notebooks wheel pins clean
+.PHONY: quickstart test test-fast test-browser lint lab notebooks wheel pins clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: .venv/base ## fine-tune the bundled model and show that it helped
 	$(BIN)/sparklab quickstart
 
-test: .venv/dev .venv/node ## the whole test suite, a file at a time on every core
+test: .venv/dev .venv/node .venv/ipykernel-6.31 ## the whole test suite, a file at a time on every core
 	$(TESTS)
 
 test-fast: .venv/dev ## the tests that take seconds: no training, no browser
 	$(TESTS) -m "not slow and not browser"
+
+test-browser: .venv/dev .venv/node .venv/ipykernel-6.31 ## the panels in JupyterLab and Notebook 7, in Debian's chromium
+	$(TESTS) -m browser
 
 lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff check $(FILES)
@@ -51,6 +54,12 @@ clean:
 	@mkdir -p $@ && cp tests/panels/package.json $@/
 	@if command -v npm >/dev/null; then npm install --prefix $@ --no-package-lock --no-audit --no-fund --silent; \
 	else echo "npm is missing: the accessibility tests will skip"; fi
+	@touch $@
+
+# The last ipykernel without subshells, beside the latest: a kernel of the browser tests finds it through PYTHONPATH.
+.venv/ipykernel-6.31: .venv/dev
+	@rm -rf $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ ipykernel==6.31.0
 	@touch $@
 
 .venv/dev: .venv/base

@@ -237,15 +237,20 @@ class Run:
         Raises RunFailed with the worker's own fact and fix, TimeoutError.
         """
         try:
-            launch.wait(self.directory, timeout_seconds)
+            launch.wait(self.directory, timeout_seconds, on_look=self._watch)
         except KeyboardInterrupt:
             if self.directory.is_alive:
                 self.stop("interrupted in the notebook")
-            launch.wait(self.directory, timeout_seconds)
+            launch.wait(self.directory, timeout_seconds, on_look=self._watch)
         finally:
             if self._panel is not None and not self.directory.is_alive:
                 self._panel.freeze()
         return self
+
+    def _watch(self) -> None:
+        """While this thread waits, it moves the panel where no other thread can."""
+        if self._panel is not None:
+            self._panel.tick()
 
     # looking
 
@@ -269,6 +274,15 @@ class Run:
 
         self._panel = LivePanel(self.directory)
         return self._panel._display_()
+
+    def report(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Writes the run as one HTML file that needs nothing else, and returns where (default: ``report.html`` in the run's directory).
+
+        Raises RunError where it cannot be written.
+        """
+        from sparklab.panels.report import write_report  # noqa: PLC0415
+
+        return write_report(self.directory, path)
 
     def _look(self, starting: bool = False) -> bool:
         """Shows the panel where there is a notebook to show it in; ``starting``: a worker is on its way."""

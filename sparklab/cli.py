@@ -99,6 +99,7 @@ def _run_verbs(verbs: Any) -> None:
         ("resume", "go on from a pause, or from the newest good checkpoint", _resume),
         ("compare", "answers of base and tuned, side by side", _compare),
         ("evaluate", "held-out loss and exact match of base and tuned", _evaluate),
+        ("report", "the run as one HTML file that needs nothing else", _report),
     ):
         verb = _verb(verbs, name, text, action)
         verb.add_argument("directory", help="the run directory")
@@ -110,6 +111,8 @@ def _run_verbs(verbs: Any) -> None:
             verb.add_argument("learning_rate", type=float, help="the schedule goes on as if the recipe's learning_rate had been this")
         if name == "evaluate":
             verb.add_argument("--n", type=int, help="how many held-out records are answered (default: all)")
+        if name == "report":
+            verb.add_argument("--out", help="where to write it (default: report.html in the run's directory)")
         if name == "resume":
             verb.add_argument("--detach", action="store_true", help="return at once")
 
@@ -347,6 +350,12 @@ def _compare(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     evaluation = _open(options).evaluate(options.n)
     _show(options, evaluation.to_dict(), evaluation)
+
+
+def _report(options: argparse.Namespace) -> None:
+    run = _open(options)
+    path = run.report(options.out)
+    _show(options, {**run.to_dict(), "report": str(path), "bytes": path.stat().st_size}, f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -39,13 +39,13 @@ def memory(state: RunState, plan: dict[str, Any]) -> dict[str, Any]:
     view: dict[str, Any] = {
         "segments": segments,
         "planned": _or_none(planned if segments or planned else NA),
-        "now": _or_none(now),
+        "now": _or_none(NA if state.is_over else now),
         "peak": _or_none(peak),
         "usable": _or_none(usable),
         "line": usable if near else None,
         "scale": max(tallest, usable if near else 0.0, 1e-9) * 1.06,
         "phase": one_line(plan.get("peak_phase") or "", 40),
-        "pool": _pool(last),
+        "pool": None if state.is_over else _pool(last),
         "light": light(state),
     }
     texts = {

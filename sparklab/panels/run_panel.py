@@ -38,6 +38,7 @@ ASKED: Final = {
     "checkpoint": "Saving a checkpoint…",
     "sample": "Sampling…",
     "evaluate": "Evaluating…",
+    "learning_rate": "Changing the learning rate…",
 }
 
 
@@ -148,6 +149,11 @@ class LivePanel(Resident):
             if self._requests.settle(state):
                 self._acknowledge()
             return state.last_time != before
+
+    def tick(self) -> None:
+        """Moves the panel from the thread that runs cells, where the front end takes nothing from another (Colab, VS Code)."""
+        if self._apart:
+            self.refresh()
 
     def freeze(self) -> None:
         """Replaces the live panel by its static twin, as the run stands now. Safe to call twice.

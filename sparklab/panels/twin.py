@@ -168,7 +168,7 @@ def _memory(state: RunState, plan: dict[str, Any]) -> str:
     body = _bar_row("planned", parts.image(planned, view["words"], 16), view["planned_text"])
     body += _bar_row("measured", parts.image(measured, view["measured_text"], 9), view["measured_text"])
     body += parts.legend(view["segments"])
-    pool = None if over else view["pool"]
+    pool = view["pool"]
     if pool:
         whole = parts.stack_svg([(s["gib"], s["colour"], s["hatched"]) for s in pool["segments"]], pool["total"])
         body += f'<div style="margin:10px 0 0 0">{_bar_row("whole box", parts.image(whole, pool["words"], 9), pool["text"])}</div>'

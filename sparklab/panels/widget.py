@@ -161,7 +161,9 @@ class RunPanel(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is not a
 
 
 def _details(content: dict[str, Any]) -> dict[str, Any]:
-    """What may come with a command: the prompts to sample."""
+    """What may come with a command: the prompts to sample, the learning rate to change to."""
     prompts = content.get("prompts")
     kept = [prompt[:LONGEST_PROMPT] for prompt in prompts[:MOST_PROMPTS] if isinstance(prompt, str) and prompt.strip()] if isinstance(prompts, list) else []
-    return {"prompts": kept} if kept else {}
+    rate = content.get("learning_rate")
+    told = {"learning_rate": float(rate)} if isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate < 1e9 else {}
+    return {**({"prompts": kept} if kept else {}), **told}

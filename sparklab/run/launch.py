@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,16 @@ def run_inline(directory: RunDirectory) -> None:
         lock.release(descriptor)
 
 
-def wait(directory: RunDirectory, timeout_seconds: float | None = None, every_seconds: float = 0.2) -> RunState:
-    """Blocks until the run is over and its worker gone. Raises TimeoutError, and RunFailed where the run failed or its worker vanished."""
+def wait(directory: RunDirectory, timeout_seconds: float | None = None, every_seconds: float = 0.2, on_look: Callable[[], object] = lambda: None) -> RunState:
+    """Blocks until the run is over and its worker gone; ``on_look`` is called between two looks.
+
+    Raises TimeoutError, and RunFailed where the run failed or its worker vanished."""
     follower = directory.follow()
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     while not (state := follower.refresh()).is_over or directory.is_alive:
         if deadline is not None and time.monotonic() > deadline:
             raise TimeoutError(f"{directory.path} is still {state.status} at step {state.step} of {state.steps} after {timeout_seconds} s")
+        on_look()
         time.sleep(every_seconds)
     raise_failure(directory, follower.refresh())
     return state

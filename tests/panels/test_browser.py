@@ -141,9 +141,13 @@ def every_button_acts_and_says_so(lab, directory):
     assert max(seconds.values()) < allowed, (seconds, allowed)
     assert len(directory.state.checkpoints) == 1
     lab.until("$('.sl-list').textContent.includes('مرحبا بالعالم')")
-    lab.page.locator(".sl-input").fill("What is LoRA?")
+    lab.page.get_by_label("Ask the model as it is now").fill("What is LoRA?")
     lab.page.keyboard.press("Enter")
     lab.until("$('.sl-list').textContent.includes('You asked: What is LoRA?')", 60)
+    lab.page.get_by_label("Change the learning rate").click()
+    lab.page.keyboard.type("3e-5")
+    lab.page.keyboard.press("Enter")
+    lab.until("$('.sl-ack').textContent === 'learning_rate: 2e-4 → 3e-05'", 60)
 
 
 def buttons_act_while_a_cell_blocks(lab, directory):

@@ -32,8 +32,10 @@ function drawLoss(canvas, root, rows, curve, smoothed, view) {
   context.font = `11px ${style.fontFamily}`;
   const scales = lossScales(rows, curve, view, width, height);
   if (!scales) {
-    context.fillStyle = colour("dim"); context.textAlign = "center";
-    context.fillText(view.over ? "No step was made." : "The curve begins with the first step.", width / 2, height / 2);
+    context.fillStyle = colour("fg"); context.globalAlpha = 0.08; // an empty chart is a chart
+    for (let line = 0; line < 4; line++) context.fillRect(46, Math.round(8 + (height - 32) * line / 3), width - 56, 1);
+    context.globalAlpha = 1; context.fillStyle = colour("dim"); context.textAlign = "center";
+    context.fillText(view.over ? "No step was made." : "The curve begins with the first step.", width / 2, height / 2 - 4);
     return null;
   }
   const { X, Y, bottom, evals, held } = scales, xs = rows.column(STEP);

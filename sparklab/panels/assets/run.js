@@ -3,6 +3,7 @@
 const BUTTONS = [["pause", "Pause"], ["checkpoint", "Checkpoint"], ["evaluate", "Evaluate"], ["sample", "Sample"], ["stop", "Stop"]];
 const ASKED = {
   stop: "Stopping…", pause: "Pausing…", resume: "Resuming…", checkpoint: "Saving a checkpoint…", sample: "Sampling…", evaluate: "Evaluating…",
+  learning_rate: "Changing the learning rate…",
 };
 const TILES = [
   ["tokens_per_second", "Tokens per second", "speed_note", [SPEED]],
@@ -80,11 +81,22 @@ function layoutTiles(root, ui, add) {
   ui.strips = {}; ui.tiles = {};
   for (const [key, label, note, columns] of TILES) {
     const tile = (ui.tiles[key] = tiles.appendChild(make("div", "sl-tile")));
-    tile.appendChild(make("div", "sl-dim", label));
+    const head = tile.appendChild(make("div", "sl-tilehead"));
+    head.appendChild(make("span", "sl-dim", label));
     add(tile, key, "div", "sl-figure", "–");
+    if (key === "learning_rate") layoutRate(ui, add, head, tile);
     add(tile, note, "div", "sl-tilenote sl-dim");
     if (columns) ui.strips[key] = tile.appendChild(make("canvas", "sl-strip", "", { "aria-hidden": "true" }));
   }
+}
+
+/** The learning rate can be changed, on demand: a small button, then a field where the figure was. */
+function layoutRate(ui, add, head, tile) {
+  add(head, "change", "button", "sl-button sl-small", "change", { type: "button", "aria-expanded": "false", "aria-label": "Change the learning rate" });
+  const form = add(tile, "rateForm", "form", "sl-ask", "", { "data-lm-suppress-shortcuts": "true" });
+  form.hidden = true;
+  add(form, "rate", "input", "sl-input", "", { type: "text", inputmode: "decimal", "aria-label": "New peak learning rate", placeholder: "1e-4", autocomplete: "off" });
+  add(form, "rateButton", "button", "sl-button sl-small", "Set", { type: "submit" });
 }
 
 function layoutMemory(root, ui, add) {
@@ -117,7 +129,8 @@ function showHead(ui, head, name) {
   ui.fill.style.width = `${share}%`; ui.bar.setAttribute("aria-valuenow", String(share)); ui.bar.setAttribute("aria-valuetext", head.step || "");
   ui.trouble.hidden = !(over && (head.reason || head.fix));
   say(ui.reason, head.reason || ""); say(ui.fix, head.fix || ""); ui.remedy.hidden = !head.fix;
-  ui.keys.classList.toggle("sl-gone", over); ui.form.hidden = over;
+  ui.keys.classList.toggle("sl-gone", over); ui.form.hidden = ui.change.hidden = over;
+  if (over) ui.rateForm.hidden = true;
   say(ui.buttons.pause, head.status === "paused" ? "Resume" : "Pause");
   ui.buttons.pause.dataset.command = head.status === "paused" ? "resume" : "pause";
 }
@@ -187,7 +200,7 @@ function steer(ui, model) {
     ui.root.dataset.ack = asked ? "asked" : ack.text ? (waiting.length ? "waiting" : "done") : "";
     const over = Boolean(model.get("head").over), busy = (command) => over || waiting.includes(command) || (asked !== null && asked.command === command);
     for (const button of Object.values(ui.buttons)) button.disabled = busy(button.dataset.command);
-    ui.askButton.disabled = busy("sample");
+    ui.askButton.disabled = busy("sample"); ui.rateButton.disabled = busy("learning_rate");
   };
   const request = (command, details = {}) => {
     asked = { command, text: ASKED[command], count: (model.get("ack") || {}).count || 0 };
@@ -207,7 +220,19 @@ function steer(ui, model) {
     const text = ui.prompt.value.trim();
     if (text) request("sample", { prompts: [text] });
   });
-  ui.form.addEventListener("keydown", (event) => event.stopPropagation()); // letters are text here, not the notebook's shortcuts
+  const openRate = (open) => { ui.rateForm.hidden = !open; ui.learning_rate.hidden = open; ui.change.setAttribute("aria-expanded", String(open)); };
+  ui.change.addEventListener("click", () => { openRate(ui.rateForm.hidden); if (!ui.rateForm.hidden) ui.rate.focus(); });
+  ui.rateForm.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const rate = Number(ui.rate.value);
+    if (!(rate > 0)) { say(ui.ack, "A learning rate is a number above 0, like 1e-4."); return; }
+    openRate(false); ui.change.focus();
+    request("learning_rate", { learning_rate: rate });
+  });
+  for (const form of [ui.form, ui.rateForm]) form.addEventListener("keydown", (event) => {
+    event.stopPropagation(); // letters are text here, not the notebook's shortcuts
+    if (event.key === "Escape" && form === ui.rateForm) { openRate(false); ui.change.focus(); }
+  });
   return { show, stop: () => clearTimeout(timer) };
 }
 
