@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sparklab.data.lesson import lesson
     from sparklab.model.anatomy import Anatomy
     from sparklab.panels.box_panel import monitor
+    from sparklab.panels.data_panel import inspect
     from sparklab.panels.plan_panel import explore
     from sparklab.planner import ModelTable, Plan, PlanTable
     from sparklab.planner import recipes as recipes
@@ -40,6 +41,7 @@ _HOMES = {
     "Run": "sparklab.api",
     "errors": "sparklab.errors",
     "explore": "sparklab.panels.plan_panel",
+    "inspect": "sparklab.panels.data_panel",
     "lesson": "sparklab.data.lesson",
     "monitor": "sparklab.panels.box_panel",
     "plan": "sparklab.api",
@@ -54,7 +56,7 @@ _MODULES = {"errors", "recipes"}
 
 __all__ = [
     "Anatomy", "Box", "ModelTable", "Plan", "PlanTable", "Recipe", "Run",
-    "errors", "explore", "lesson", "monitor", "plan", "quickstart", "recipes", "rehearse", "runs", "train",
+    "errors", "explore", "inspect", "lesson", "monitor", "plan", "quickstart", "recipes", "rehearse", "runs", "train",
 ]  # fmt: skip
 
 

@@ -74,6 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--force", action="store_true", help="start although the plan does not fit")
     _recipe_flags(verb, leave_out={"model", "data"})
 
+    verb = _verb(verbs, "inspect", "the data as the model will see it: what is learned, what is wrong with it, and whether training would take it", _inspect)
+    verb.add_argument("data", help=field_help()["data"])
+    verb.add_argument("--model", help="whose tokenizer and chat template; default: the bundled tiny model's")
+    verb.add_argument("--show", default="", metavar="WHICH", help="page through these records instead: all, odd, unusable, long, repeated, held_out ...")
+    verb.add_argument("--first", type=int, default=0, help="with --show: the first of them (default: 0)")
+    _recipe_flags(verb, leave_out={"model", "data"})
+
     verb = _verb(verbs, "quickstart", "teach the bundled model something it cannot do, and show that it helped", _quickstart)
     verb.add_argument("--method", default="lora", help="lora, qlora or full (default: lora)")
     verb.add_argument("--seed", type=int, default=0, help="seed of the training data and the run (default: 0)")
@@ -245,6 +252,18 @@ def _train(options: argparse.Namespace) -> int:
     changes = _changes(options)
     recipe = recipes.sized(changes.pop("method", Recipe.method), options.model, options.data, **changes)
     return _follow(options, train(recipe, options.directory, panel=False, force=options.force), options.detach)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from sparklab.panels.data_panel import inspect  # noqa: PLC0415
+
+    seen = inspect(options.data, model=options.model, **_changes(options))
+    if options.show:
+        rows = seen.page(options.show, options.first)
+        _show(options, {"records": rows}, seen.page_text(rows, colour=sys.stdout.isatty()))
+        return 0
+    _show(options, seen.to_dict(), seen.text(colour=sys.stdout.isatty()))
+    return USER_ERROR if seen.verdict == "refuse" else 0
 
 
 def _quickstart(options: argparse.Namespace) -> int:

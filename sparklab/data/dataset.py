@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparklab.data import split
-from sparklab.data.corpus import Corpus, HeldOut, Opened, Side
+from sparklab.data import signs, split
+from sparklab.data.corpus import Corpus, HeldOut, Opened
 from sparklab.data.encode import Encoder
 from sparklab.data.faults import Faults, Skipped
 from sparklab.data.packed import Row, Rows, longest_micro_batch, make_row
@@ -52,11 +52,8 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, skipped: Path | None = None, t
         faults = Faults(leave_out)
         opened = tuple(_open(data, recipe, encoder, faults, tell) for data in (recipe.data, recipe.held_out) if isinstance(data, str))
     corpus = Corpus.open(recipe, encoder, opened)
-    too_long = Faults()
-    for side in (corpus.train, corpus.held_out):
-        side.complain(too_long)
-    too_long.raise_any(recipe.data, sum(one.records for one in opened))
-    _refuse_nothing_to_learn(corpus.train, recipe)
+    for check in (refuse_too_long, refuse_nothing_to_learn, refuse_no_end):
+        check(corpus, recipe)
     train_rows, held_out_rows = (Rows(side.slices, recipe.micro_batch_tokens, recipe.seed) for side in (corpus.train, corpus.held_out))
     return Prepared(
         train_rows=train_rows,
@@ -71,21 +68,45 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, skipped: Path | None = None, t
 def _open(data: str, recipe: Recipe, encoder: Encoder, faults: Faults, tell: Tell | None) -> Opened:
     """One source, tokenised; raises for records that cannot be used where the recipe says so, and where no other is left."""
     opened = Opened.open(data, recipe, encoder, tell)
-    if recipe.on_bad == "error" or not len(opened.store.documents):
-        found = Faults()
-        opened.faults(found)
-        opened.source.refuse(found, opened.records)
+    refuse_unusable(opened, recipe)
     opened.faults(faults)
     return opened
 
 
-def _refuse_nothing_to_learn(train: Side, recipe: Recipe) -> None:
+def refuse_unusable(opened: Opened, recipe: Recipe) -> None:
+    """Raise for records that cannot be used where the recipe says so, and where no other is left."""
+    if recipe.on_bad == "error" or not len(opened.store.documents):
+        found = Faults()
+        opened.faults(found)
+        opened.source.refuse(found, opened.records)
+
+
+def refuse_too_long(corpus: Corpus, recipe: Recipe) -> None:
+    """Under ``on_long="error"``, raise for documents that are too long."""
+    found = Faults()
+    for side in (corpus.train, corpus.held_out):
+        side.complain(found)
+    found.raise_any(recipe.data, sum(one.records for one in corpus.opened))
+
+
+def refuse_nothing_to_learn(corpus: Corpus, recipe: Recipe) -> None:
+    """Raise where there is not one document with a learned token."""
+    train = corpus.train
     if len(train.slices):
         return
     fact = f"{recipe.data}: not one token to learn ({train.dropped:,} records dropped as too long, {train.unsupervised:,} without a learned token)"
     if train.longest > recipe.max_length:
         raise DataError(fact, f"raise max_length: it is {recipe.max_length:,} and the longest record has {train.longest:,} tokens")
     raise DataError(fact, "the chat template's {% generation %} marks leave out every answer: put them around the assistant's content")
+
+
+def refuse_no_end(corpus: Corpus, recipe: Recipe) -> None:
+    """Raise where no document teaches the end of a turn: the model would never stop."""
+    records = corpus.train.opened.store.records[corpus.train.chosen]
+    taught = records[records["flags"] & (signs.FAULT | signs.NOTHING_LEARNED) == 0]
+    if len(taught) and (taught["flags"] & signs.NO_END > 0).all() and "no_end" not in recipe.overrule:
+        fix = "use a chat template whose turns end in a special token, or train all the same: overrule=('no_end',)"
+        raise DataError(f"{recipe.data}: in none of {len(taught):,} records is an end-of-turn token learned, so the model would never learn to stop", fix)
 
 
 def report_of(corpus: Corpus, rows: int, skipped: int = 0) -> DataReport:

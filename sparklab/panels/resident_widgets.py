@@ -36,3 +36,12 @@ class RunsWidget(_ResidentWidget):
     _esm = asset("parts.js", "runs.js")
 
     points = traitlets.Bytes(b"").tag(sync=True)
+
+
+class DataWidget(_ResidentWidget):
+    """The data panel's; ``page`` are the records it shows, and the page asks for others."""
+
+    _esm = asset("parts.js", "data.js")
+    _css = parts.css_variables() + asset("panel.css", "data.css")
+
+    page = traitlets.Dict({}).tag(sync=True)
