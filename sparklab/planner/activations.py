@@ -13,14 +13,14 @@ from functools import cached_property, lru_cache
 from typing import Any, Final
 
 from sparklab.model.parts import Activation, Attention, Experts, Latent, Linear, Norm, Part, Product, Residual, Rotary, Router, Scale, Split
-from sparklab.planner import kernels, mixtures
+from sparklab.planner import fused, kernels, mixtures
 from sparklab.planner.kernels import Backward, Engine
 from sparklab.planner.tape import Peak, Tape
 
 RUN: Final[dict[type[Part], Callable[[Any, Tape, Engine, bool, set[str]], Backward]]] = {
     Linear: kernels.linear, Norm: kernels.norm, Rotary: kernels.rotary, Attention: kernels.attention, Activation: kernels.pointwise,
     Product: kernels.pointwise, Scale: kernels.scale, Split: kernels.split, Residual: kernels.residual, Router: mixtures.router,
-    Experts: mixtures.experts, Latent: mixtures.latent,
+    Experts: mixtures.experts, Latent: mixtures.latent, fused.Linears: fused.linears, fused.GatedMlp: fused.gated_mlp,
 }  # fmt: skip
 """For each kind of part: its forward pass now, its backward pass as what is returned."""
 
@@ -29,7 +29,7 @@ class LayerBytes:
     """One layer, bytes per token. Each pass is acted out when it is first asked for."""
 
     def __init__(self, parts: tuple[Part, ...], engine: Engine, input_needs_grad: bool) -> None:
-        self._parts, self._engine = parts, engine
+        self.parts, self._engine = fused.fuse(parts, engine), engine
         self._grads = {"x"} if input_needs_grad else set()
         self.stream = float(_width(parts) * engine.compute_bytes)
         """The tensor between two layers."""
@@ -39,7 +39,7 @@ class LayerBytes:
         """Most held while running forward without gradients."""
         tape = Tape()
         tape.hold("x", self.stream)
-        _forward(self._parts, tape, self._engine, False, set())
+        _forward(self.parts, tape, self._engine, False, set())
         return tape.peak
 
     @cached_property
@@ -48,7 +48,7 @@ class LayerBytes:
         tape = Tape()
         tape.hold("x", self.stream)
         start = tape.moved
-        undo = _forward(self._parts, tape, self._engine, True, set(self._grads))
+        undo = _forward(self.parts, tape, self._engine, True, set(self._grads))
         keeps_input = tape.is_shared("x")
         tape.drop("x")
         tape.drop("y")
@@ -60,14 +60,14 @@ class LayerBytes:
     @cached_property
     def recompute(self) -> tuple[Peak, ...]:
         """As :attr:`Training.backward` where the layer is checkpointed; the first figure is that of running forward again."""
-        parts, engine = self._parts, self._engine
+        parts, engine = self.parts, self._engine
         tape = Tape()  # starts with the checkpoint and the gradient from above
         tape.hold("x", self.stream)
         tape.hold("d:y", self.stream)
         _before_recomputing(parts, tape, engine)
         undo = _forward(parts, tape, engine, True, set(self._grads))
         last = _last_kernel(parts)
-        again = tape.marked if isinstance(last, Linear) and last.name in engine.adapted else tape.peak
+        again = tape.marked if isinstance(last, fused.GatedMlp) or (isinstance(last, Linear) and last.name in engine.adapted) else tape.peak
         tape.drop_any("y", "d:first", "d:second")
         return (again, *_backward(undo, tape))
 
@@ -132,7 +132,7 @@ def _reads(part: Part) -> tuple[str, ...]:
             return (part.query_from, part.expanded, part.turning)
         case Experts():
             return (part.reads, part.weights)
-        case Linear() | Norm() | Rotary() | Activation() | Scale() | Split() | Router():
+        case Linear() | Norm() | Rotary() | Activation() | Scale() | Split() | Router() | fused.Linears() | fused.GatedMlp():
             return (part.reads,)
         case _:
             raise AssertionError(f"no such part: {part}")
@@ -168,10 +168,11 @@ def _let_go(held: list[str], tape: Tape, last: dict[str, int], index: int) -> No
 
 
 def _backward(undo: list[Backward], tape: Tape) -> tuple[Peak, ...]:
-    """Runs the backward passes, last part first; the most held in each."""
+    """Runs the backward passes, last part first; the most held in each, or in each stretch of it where it is cut."""
     peaks = []
     for step in reversed(undo):
         tape.restart()
         step(tape)
-        peaks.append(tape.peak)
+        peaks += [*tape.cuts, tape.peak]
+        tape.cuts.clear()
     return tuple(peaks)

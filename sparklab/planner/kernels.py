@@ -29,6 +29,8 @@ class Engine:
     """Names of the linear layers with an adapter."""
     train_base: bool
     """Full fine-tuning."""
+    fast: bool = field(default=False, kw_only=True)
+    """sparklab's own kernels (:mod:`sparklab.planner.fused`) and not the libraries' code."""
     expert_rank: int = field(default=0, kw_only=True)
     """Rank of the adapters on experts; 0 without."""
     dropout_mask_bytes: int
@@ -96,11 +98,11 @@ def linear(part: Linear, tape: Tape, engine: Engine, saves: bool, grads: set[str
                 tape.unpack(unpacked, constants)
             tape.hold("base's share", b * part.inputs, viewed=not unpacked)
             tape.pack()
-            tape.merge(below, "base's share")
-            tape.drop_any(idle)
         if engine.train_base:
             tape.drop(source)
-        tape.drop(gradient)
+        tape.drop_any(idle, gradient)  # the product is done before its share is added up
+        if needs_grad:
+            tape.merge(below, "base's share")
 
     return backward
 

@@ -114,6 +114,7 @@ def _experts_backward(part: Experts, engine: Engine, gates: list[str]) -> Backwa
 
     def backward(tape: Tape) -> None:
         if not tape.has(f"d:{part.writes}"):
+            tape.cut()
             return
         tape.hold("spread", rows * x)
         tape.drop(f"d:{part.writes}")
@@ -126,6 +127,7 @@ def _experts_backward(part: Experts, engine: Engine, gates: list[str]) -> Backwa
         tape.spike(rows * x)
         tape.accumulate(f"d:{part.weights}", s * (4 if part.wide_weights else b))
         tape.drop_any("d:weighed", f"{keeps}:down", f"{keeps}:shares")
+        tape.cut()  # the gradient of down's weights
         tape.hold("d:inner", inner)
         tape.drop_any("d:down", f"{keeps}:inner")
         _gate_backward(part, tape, gates, inner)

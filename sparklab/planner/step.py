@@ -7,8 +7,9 @@ from functools import cached_property
 from itertools import accumulate
 from math import prod
 
-from sparklab.model.parts import Experts, Linear, Part
+from sparklab.model.parts import Experts, Part
 from sparklab.planner import expert_adapters
+from sparklab.planner.fused import linears_of
 from sparklab.planner.holdings import Holdings
 from sparklab.planner.items import CHUNK_TOKENS, Item, Moment
 from sparklab.planner.tape import Peak
@@ -44,13 +45,20 @@ class Step(Holdings):
         """For each layer, trained numbers whose gradients come in the backward pass of each of its parts: last part first."""
 
         def counts(parts: Sequence[Part]) -> list[int]:
-            found = [self._trained(part) for part in parts]
-            for place in (place for place, part in enumerate(parts) if isinstance(part, Experts) and self.full):
-                inner = sum(prod(shape) for name, shape in parts[place].tensors if name.startswith("experts.gate_up"))
-                found[place] -= inner  # that of gate and up comes last, when what the experts held most is gone
-                found[place + 1] += inner
-            for place in (place for place, part in enumerate(parts) if isinstance(part, Experts) and self.expert_rank):
-                found[place : place + 2] = 0, sum(found[place : place + 2])  # while they are made they are counted as the experts' workspace
+            found: list[int] = []
+            late = 0
+            for part in parts:
+                trained = self._trained(part)
+                if isinstance(part, Experts) and self.expert_rank:  # while they are made they are counted as the experts' workspace
+                    found.append(0)
+                    late = trained
+                elif isinstance(part, Experts):  # cut where down's comes; that of gate and up comes last, when what the experts held most is gone
+                    inner = sum(prod(shape) for name, shape in part.tensors if name.startswith("experts.gate_up")) if self.full else 0
+                    found += [0, trained - inner]
+                    late = inner
+                else:
+                    found.append(trained + late)
+                    late = 0
             return found
 
         return self._of_parts(counts)
@@ -58,23 +66,23 @@ class Step(Holdings):
     @cached_property
     def added_in_layers(self) -> tuple[tuple[int, ...], ...]:
         """The same, of the largest tensor alone: gradients that are added to those of earlier micro-batches come and go one by one."""
-        return self._of_parts(lambda parts: [max((prod(shape) for _, shape in part.tensors), default=0) for part in parts])
+
+        def counts(parts: Sequence[Part]) -> list[int]:
+            largest = [(max((prod(shape) for _, shape in part.tensors), default=0), isinstance(part, Experts)) for part in parts]
+            return [count for size, cut in largest for count in ((0, size) if cut else (size,))]
+
+        return self._of_parts(counts)
 
     def _of_parts(self, count: Callable[[Sequence[Part]], list[int]]) -> tuple[tuple[int, ...], ...]:
         """One tuple a layer, counted once for each kind of layer."""
-        known: dict[int, tuple[int, ...]] = {}
-        found: list[tuple[int, ...]] = []
-        for block in self.anatomy.blocks:
-            if id(block.parts) not in known:
-                known[id(block.parts)] = tuple(count(block.parts[::-1]))
-            found += [known[id(block.parts)]] * block.count
-        return tuple(found)
+        known = {id(layer): tuple(count(layer.parts[::-1])) for layer in dict.fromkeys(self.layer_list)}
+        return tuple(known[id(layer)] for layer in self.layer_list)
 
     def _trained(self, part: Part) -> int:
         if self.full:
             return part.parameters
-        if isinstance(part, Linear) and part.name in self.engine.adapted:
-            return self.recipe.rank * (part.inputs + part.outputs)
+        if linears := [linear for linear in linears_of(part) if linear.name in self.engine.adapted]:
+            return sum(self.recipe.rank * (linear.inputs + linear.outputs) for linear in linears)
         return sum(expert_adapters.matrices(part, self.expert_rank)) if isinstance(part, Experts) else 0
 
     def _gradients(self, layers: int, parts: int = 0) -> Item:

@@ -32,6 +32,8 @@ class Tape:
         """The peak when the last adapter's input and low-rank tensor were there: running a layer again ends with the last tensor kept."""
         self.moved = 0.0
         """Bytes written to and read from memory, each new tensor counted as written once and read once."""
+        self.cuts: list[Peak] = []
+        """Peaks of the stretches before each :meth:`cut`."""
         self._peak = self._peak_unpacked = self._unpacked = 0.0
         self._names: dict[str, list[_Storage]] = {}
 
@@ -43,6 +45,11 @@ class Tape:
     def restart(self) -> None:
         """From here on the peak is that of what comes."""
         self._peak, self._peak_unpacked = self.now, self._unpacked
+
+    def cut(self) -> None:
+        """Something comes here that is counted elsewhere, a gradient of weights: the peak before and the one after are told apart."""
+        self.cuts.append(self.peak)
+        self.restart()
 
     def hold(self, name: str, size: float, viewed: bool = False) -> None:
         """A new tensor of ``size`` bytes, referred to by ``name``; ``viewed``: in another shape than it was made in."""
@@ -87,6 +94,10 @@ class Tape:
     def is_shared(self, name: str) -> bool:
         """Whether anything but the name itself refers to its storage."""
         return self._names[name][-1].references > 1
+
+    def view(self, name: str) -> None:
+        """The tensor is handed on in another shape."""
+        self._names[name][-1].viewed = True
 
     def spike(self, size: float) -> None:
         """A temporary tensor of ``size`` bytes, gone at once."""
