@@ -26,7 +26,6 @@ from sparklab.model import experts
 from sparklab.model.load import BaseMaker, load_model
 from sparklab.planner.recipe import Recipe
 
-
 _LEFT: Final = "sparklab_left_to_stock"
 
 
