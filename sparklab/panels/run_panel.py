@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sparklab.errors import SparklabError
 from sparklab.panels import facts, terminal, twin
 from sparklab.panels.resident import Resident, in_kernel
+from sparklab.panels.series import Series
 from sparklab.panels.watch import Watch
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
@@ -111,10 +112,12 @@ class LivePanel(Resident):
         self._title = facts.title(directory)
         self._clip = facts.clip_norm(directory)
         self._requests = Requests(directory)
+        self._pictured = Series()
         self._done = threading.Event()
         self._wake = threading.Event()
         self._kept_at, self._keep_every = time.monotonic(), KEEP_SECONDS
         self._thread: threading.Thread | None = None
+        self._watch.refresh()  # the first picture is drawn before there is a widget
 
     def _make_widget(self) -> RunPanel | None:
         state = self._watch.refresh()
@@ -183,7 +186,7 @@ class LivePanel(Resident):
 
     def _twin(self) -> str:
         reopen = f"sl.Run.open({str(self.directory.path)!r}).panel()"
-        return twin.run_html(self._watch.state, self._plan, *self._title, clip=self._clip, home=self._home, reopen=reopen)
+        return twin.run_html(self._watch.state, self._plan, *self._title, clip=self._clip, home=self._home, reopen=reopen, series=self._pictured)
 
     def _follow(self) -> None:
         """The thread: looks, rests, keeps a picture now and then, and leaves the twin when nothing more will come."""

@@ -40,18 +40,20 @@ from sparklab.units import NA
 _TONES = {"run": LOSS, "good": GOOD, "warn": WARN, "bad": BAD}
 
 
-def run_html(state: RunState, plan: dict[str, Any], title: str = "", about: str = "", *, clip: float = NA, home: str = "", reopen: str = "") -> str:
+def run_html(
+    state: RunState, plan: dict[str, Any], title: str = "", about: str = "", *, clip: float = NA, home: str = "", reopen: str = "", series: Series | None = None
+) -> str:
     """The panel of ``state`` as one block of HTML; ``title`` is the run's name, ``about`` its model and method. Everything in it is escaped.
 
-    ``clip`` is the clip line of the gradient norm, ``home`` the class by which a live panel finds its place, and ``reopen`` what to type for
-    the live panel of a run that goes on.
+    ``clip`` is the clip line of the gradient norm, ``home`` the class by which a live panel finds its place, ``reopen`` what to type for the live
+    panel of a run that goes on, and ``series`` the curves as an earlier picture of the same run left them.
 
     ::
 
         directory = RunDirectory("runs/chat-1")
         html = run_html(directory.state, directory.plan, *facts.title(directory))
     """
-    head, series = facts.head(state), Series()
+    head, series = facts.head(state), Series() if series is None else series
     series.take(state)
     blocks = [
         _header(head, title, about), _trouble(head), _as_of(head, reopen), _loss(state, series), _figures(state, plan, clip, series),

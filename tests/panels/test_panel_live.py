@@ -104,6 +104,7 @@ def test_a_finished_run_is_shown_as_its_twin_at_once(directory, kernel):
     write(directory, STARTED, *steps(5), {"event": "finished", "step": 5})
     panel = run_panel.show(directory)
     assert panel.widget is None and set(kernel[0].bundles[0]) == {"text/plain", "text/html"} and panel.join(0)
+    assert "Finished" in kernel[0].bundles[0]["text/html"] and "Finished, step 5 of 100" in kernel[0].bundles[0]["text/plain"]
     panel.freeze()
 
 
