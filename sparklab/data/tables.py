@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Final
@@ -22,11 +23,9 @@ BATCH: Final = 256
 FEW: Final = 16
 """Rows decoded at a time where each may be large."""
 UNPACKED_LIMIT: Final = 64 * 2**20
-"""Bytes of a Parquet column chunk from which on it is asked how well it packs."""
+"""Bytes of a row group or batch from which on it is asked how well it packs."""
 PACKED_LIMIT: Final = 200
-"""Unpacked bytes for each packed one that no such chunk of text has."""
-VALUES_LIMIT: Final = 2**27
-"""Most values of a Parquet column chunk: a million rows of a hundred messages each have fewer."""
+"""Unpacked bytes for each packed one that no text has."""
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}(?::[\w.-]+)?")
 _FILE_LIKE: Final = re.compile(r"\.(?:jsonl?|ndjson|csv|tsv|parquet|arrow|feather|txt|md|gz|zip)$", re.IGNORECASE)
 
@@ -62,7 +61,7 @@ def _csv_cells(reader: Any, source: str) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             # Behind a quote that is not closed everything is one cell: there is no next record to go on with.
-            raise DataError(f"{source}:{number}: not CSV ({error})", "close or double the quotes; write the file with a CSV writer") from None
+            raise DataError(f"{source}:{number}: not CSV ({excerpt(str(error))})", "close or double the quotes; write the file with a CSV writer") from None
         if cells:
             yield number, cells
 
@@ -97,7 +96,7 @@ def parquet_rows(path: Path, source: str) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _refuse_bomb(file.metadata, source)
+            _refuse_bomb(file.metadata, path, source)
             texts = [column.path for column in map(file.schema.column, range(len(file.schema))) if column.physical_type == "BYTE_ARRAY"]
         with pyarrow.parquet.ParquetFile(path) as plain, pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as pointing:
             number = 0
@@ -105,7 +104,9 @@ def parquet_rows(path: Path, source: str) -> Iterator[Row]:
                 for batch in _group_batches(plain, pointing, group):
                     yield from _batch_rows(batch, number, source)
                     number += len(batch)
-    except (pyarrow.ArrowException, OSError, MemoryError) as error:
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, MemoryError, ValueError) as error:  # ValueError: a name that is not UTF-8
         raise DataError(f"{source} cannot be read as Parquet: {excerpt(str(error))}", "write it anew: the file is damaged or cut") from None
 
 
@@ -126,14 +127,17 @@ def _group_batches(plain: Any, pointing: Any, group: int) -> Iterator[Any]:
                 yield left
 
 
-def _refuse_bomb(metadata: Any, source: str) -> None:
-    """Raise :class:`DataError` for a file that unpacks to far more than any text does."""
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            unpacked, packed = column.total_uncompressed_size, max(column.total_compressed_size, 1)
-            if (unpacked > UNPACKED_LIMIT and unpacked > PACKED_LIMIT * packed) or column.num_values > VALUES_LIMIT:
-                fact = f"{source}: column {excerpt(column.path_in_schema)} packs {unpacked:,} bytes, {column.num_values:,} values, into {packed:,}"
-                raise DataError(fact, "no text packs so well; if it is meant, write it anew in smaller row groups")
+def _refuse_bomb(metadata: Any, path: Path, source: str) -> None:
+    """Raise :class:`DataError` for a file that unpacks to far more than any text does.
+
+    Row groups alone are asked: for what a damaged file says of a column, pyarrow ends the process.
+    """
+    packed = path.stat().st_size
+    for group in range(metadata.num_row_groups):
+        unpacked = metadata.row_group(group).total_byte_size
+        if unpacked > UNPACKED_LIMIT and unpacked > PACKED_LIMIT * packed:
+            fact = f"{source}: row group {group + 1} packs {unpacked:,} bytes into {packed:,}"
+            raise DataError(fact, "no text packs so well; if it is meant, write it anew in smaller row groups")
 
 
 def arrow_rows(path: Path, source: str) -> Iterator[Row]:
@@ -143,24 +147,62 @@ def arrow_rows(path: Path, source: str) -> Iterator[Row]:
     try:
         with pyarrow.memory_map(str(path)) as file:
             number = 0
-            for batch in _arrow_batches(file):
+            for batch in _arrow_batches(file, source):
                 batch.validate(full=True)  # offsets that point elsewhere would crash this process
                 for start in range(0, len(batch), BATCH):
                     yield from _batch_rows(batch.slice(start, BATCH), number + start, source)
                 number += len(batch)
-    except (pyarrow.ArrowException, OSError, MemoryError) as error:
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, MemoryError, ValueError) as error:
         raise DataError(f"{source} cannot be read as Arrow: {excerpt(str(error))}", "write it anew: the file is damaged or cut") from None
 
 
-def _arrow_batches(file: Any) -> Iterator[Any]:
+def _arrow_batches(file: Any, source: str) -> Iterator[Any]:
+    """The batches of a stream, or of a file, which is one between a mark and a footer; what they unpack to is looked at before."""
     import pyarrow  # noqa: PLC0415
 
-    if file.read(6) == b"ARROW1":
-        reader = pyarrow.ipc.open_file(file)
-        yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
-    else:
-        file.seek(0)
-        yield from pyarrow.ipc.open_stream(file)
+    begin = 8 if file.read(6) == b"ARROW1" else 0
+    file.seek(begin)
+    for message in pyarrow.ipc.MessageReader.open_stream(file):
+        packed, unpacked = packed_sizes(message)
+        if unpacked > UNPACKED_LIMIT and unpacked > PACKED_LIMIT * packed:
+            raise DataError(f"{source}: a batch packs {unpacked:,} bytes into {packed:,}", "no text packs so well; if it is meant, write it anew uncompressed")
+    file.seek(begin)
+    yield from pyarrow.ipc.open_stream(file)
+
+
+def packed_sizes(message: Any) -> tuple[int, int]:
+    """Bytes of an Arrow message's body as it stands and unpacked. Both are 0 where nothing is packed.
+
+    pyarrow unpacks whatever a buffer's first eight bytes say, so they are read here, by the format's schema (Message.fbs): of the message the
+    third field is the batch, whose third are the buffers (offset and length of each) and whose fourth says that they are packed.
+    """
+    if message.type not in ("record batch", "dictionary"):
+        return 0, 0
+    head, body = bytes(message.metadata), message.body
+    try:
+        table = _field(head, int.from_bytes(head[:4], "little"), 2)
+        if message.type == "dictionary":  # whose second field is a batch
+            table = table and _field(head, table, 1)
+        buffers = table and _field(head, table, 2)
+        if not buffers or not _field(head, table, 3):
+            return 0, 0
+        (count,) = struct.unpack_from("<I", head, buffers)
+        places = [struct.unpack_from("<qq", head, buffers + 4 + 16 * index) for index in range(count)]
+        sizes = [struct.unpack_from("<q", body, offset)[0] for offset, length in places if length >= 8]
+    except struct.error as error:
+        raise WrongError("a batch whose buffers are elsewhere") from error
+    return len(body), sum(max(size, 0) for size in sizes)  # -1: this one is not packed
+
+
+def _field(data: bytes, table: int, index: int) -> int:
+    """Where the table, or list, is that a FlatBuffers table's field points to; 0 where the field is not there."""
+    vtable = table - struct.unpack_from("<i", data, table)[0]
+    if 4 + 2 * index >= struct.unpack_from("<H", data, vtable)[0]:
+        return 0
+    (offset,) = struct.unpack_from("<H", data, vtable + 4 + 2 * index)
+    return table + offset + int(struct.unpack_from("<I", data, table + offset)[0]) if offset else 0
 
 
 def _batch_rows(batch: Any, before: int, source: str) -> Iterator[Row]:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sparklab.data import tables
+from sparklab.data import prepare, tables
 from sparklab.data.faults import Faults, Skipped
 from sparklab.data.read import check, open_source, read_records, resolved
 from sparklab.data.record import Record
@@ -448,6 +449,26 @@ def bomb_of_messages(path: Path) -> None:
     pq.write_table(pa.table({"messages": pa.ListArray.from_arrays([0, 100, 200], messages)}), path, compression="zstd", store_schema=False)
 
 
+def bomb_arrow(path: Path) -> None:
+    """Kilobytes whose one batch unpacks to 96 MiB."""
+    data = pa.table({"text": pa.array(["x" * 2**24] * 6)})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, data.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(data)
+
+
+def packed(path: Path) -> None:
+    """Packed, as Feather is."""
+    data = pa.Table.from_pylist(CHATS * 100)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, data.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(data, max_chunksize=70)
+
+
+def packed_dictionary(path: Path) -> None:
+    data = pa.table({"text": pa.array(["a", "b", "a"] * 100).dictionary_encode()})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, data.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(data)
+
+
 def mixed(path: Path) -> None:
     """A row group whose dictionary is full after a while: its pages point to texts first and hold them later."""
     records = [{"messages": [says("user", f"{index} " * 300), says("assistant", "b")]} for index in range(2000)]
@@ -501,8 +522,11 @@ NASTY: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "numbers.parquet": (lambda path: pq.write_table(pa.table({"text": [1, 2]}), path), 0, "1, text: text is not text (a number)"),
     "empty.parquet": (lambda path: pq.write_table(pa.table({"text": pa.array([], pa.string())}), path), 0, "holds no records"),
     "null.parquet": (lambda path: pq.write_table(pa.table({"text": ["a", None]}), path), 1, "2, text: no text"),
-    "bomb-declared.parquet": (bomb_declared, 0, "column text packs 100,"),
+    "bomb-declared.parquet": (bomb_declared, 0, "row group 1 packs 100,"),
     "bomb-pointing.parquet": (bomb_pointing, 80, ""),
+    "bomb.arrow": (bomb_arrow, 0, "a batch packs 100,66"),
+    "packed.feather": (packed, 500, ""),
+    "packed-dictionary.arrow": (packed_dictionary, 300, ""),
     "bomb-messages.parquet": (bomb_of_messages, 0, "1: row too large"),
     "mixed.parquet": (mixed, 2000, ""),
     "cut.arrow": (cut(arrow, 0.6), 0, "cannot be read as Arrow"),
@@ -585,15 +609,96 @@ def test_large_ones_take_little_memory(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=5 * SECONDS, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     found = {name: (count, said, peak) for name, count, said, peak in map(json.loads, result.stdout.splitlines())}
-    assert set(found) == set(LARGE) and len(LARGE) == 10
+    assert set(found) == set(LARGE) and len(LARGE) == 11
     for name, (count, said, peak) in found.items():
         _, records, words = NASTY[name]
         assert count == records and words in said and bool(said) == bool(words), (name, count, said[:300])
         assert peak < 2**20, f"{name}: {peak / 2**10:.0f} MiB"
 
 
+def broken(content: bytes, rng: random.Random) -> bytes:
+    """The content with a few bytes changed, taken out, put in or repeated."""
+    made = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 5, 30])):
+        at, how = rng.randrange(len(made) or 1), rng.randrange(4)
+        if how == 0:
+            made[at : at + 1] = bytes([rng.randrange(256)])
+        elif how == 1:
+            del made[at : at + rng.randrange(1, 20)]
+        elif how == 2:
+            made[at:at] = rng.randbytes(rng.randrange(1, 8))
+        else:
+            made[at:at] = made[max(0, at - 40) : at]
+    return bytes(made)
+
+
+def break_and_read(folder: Path, times: int) -> list[str]:
+    """What is said of as many broken files, drawn over every kind of file."""
+    rng, said = random.Random(0), []
+    makers = {name: make for name, (make, _, _) in SAME.items() if name not in ("saved", "shards")}  # files alone
+    whole: dict[str, bytes] = {}
+    for name, make in makers.items():
+        make(folder / name)
+        whole[name] = (folder / name).read_bytes()
+    for index in range(times):
+        name = sorted(makers)[index % len(makers)]
+        (folder / name).write_bytes(broken(whole[name], rng))
+        said.append(outcome(folder / name)[1])
+    return said
+
+
+def test_broken_files_of_every_kind_meet_one_error(tmp_path: Path) -> None:
+    """In a process of its own: a library that trusts a broken file would take this one down with it."""
+    signal.alarm(6 * SECONDS)
+    script = (
+        "import json, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from test_sources import break_and_read\n"
+        "print(json.dumps(break_and_read(Path(sys.argv[2]), 900)))\n"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=5 * SECONDS, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    said = json.loads(result.stdout)
+    assert len(said) == 900 and 600 < sum(map(bool, said)) < 900
+    assert not [fact for fact in said if fact.startswith("harmful")]
+
+
 def test_enough_nasty_ones() -> None:
     from test_read import READ, REFUSED
 
-    assert len(NASTY) == 42
+    assert len(NASTY) == 45
     assert len(NASTY) + len(WRONG) + len(READ) + len(REFUSED) >= 130
+
+
+# ---------------------------------------------------------------- from the source to the rows
+
+
+def test_rows_from_a_table_with_what_is_left_out_written_down(tmp_path: Path, marked: Any) -> None:
+    (tmp_path / "a.csv").write_bytes(table(PAIRS * 4) + b"one cell\n")
+    made = recipes.lora("tiny", tmp_path / "a.csv", on_bad="skip", held_out=0.2)
+    prepared = prepare(made, marked, tmp_path / "skipped.jsonl")
+    assert (prepared.report.records, prepared.report.skipped) == (20, 1)
+    assert json.loads((tmp_path / "skipped.jsonl").read_text())["line"] == 22
+    assert all(record.prompt[0]["content"].startswith("question") for record in prepared.held_out_chats)
+    with pytest.raises(DataError, match="a row of another width"):
+        prepare(made.replace(on_bad="error"), marked)
+
+
+def test_texts_are_learned_and_not_asked_about(tmp_path: Path, marked: Any) -> None:
+    for index in range(10):
+        (tmp_path / f"{index}.txt").write_text(f"The lamp {index} on the table is warm.")
+    prepared = prepare(recipes.lora("tiny", tmp_path, held_out=0.2), marked)
+    assert (prepared.report.documents, prepared.report.held_out, list(prepared.held_out_chats)) == (8, 2, [])
+    assert prepared.report.supervised == prepared.report.tokens - 8  # all but each text's first token
+
+
+def test_training_takes_records_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sparklab as sl
+    from sparklab.run import launch
+
+    monkeypatch.setattr(launch, "start", lambda directory: None)
+    with pytest.raises(DataError, match="training on pairs is not there yet"):
+        sl.train(recipes.lora("tiny", [{"prompt": "a", "chosen": "b", "rejected": "c"}]), tmp_path / "run", panel=False)
+    run = sl.train(recipes.lora("tiny", "elsewhere.jsonl"), tmp_path / "run", data=PAIRS, panel=False)
+    assert Path(run.recipe.data).parent == tmp_path / "data"
+    assert [record.answer for record in read_records(run.recipe.data)] == [pair["completion"] for pair in PAIRS]
