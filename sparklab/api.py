@@ -118,13 +118,14 @@ def train(
     return run
 
 
-def rehearse(recipe: Recipe, *, box: Box | None = None, force: bool = False, on_phase: Callable[[str], None] | None = None) -> Rehearsal:
+def rehearse(recipe: Recipe, *, box: Box | None = None, force: bool = False, profile: bool = False,
+             on_phase: Callable[[str], None] | None = None) -> Rehearsal:  # fmt: skip
     """The recipe at full size with random weights and random tokens, nothing downloaded: what it holds and how fast it is, against its plan.
 
     Loads, trains five updates on the longest micro-batch, evaluates, answers, saves and merges, in a process of its own, which may take no
     more memory than the plan may. What it learns of this machine is kept for later plans. ``box`` plans for another box than this one; speeds
-    are always those of this machine. ``on_phase`` is told each phase as it begins. Of the model, config.json alone is read, and the data
-    not at all.
+    are always those of this machine. ``profile=True`` adds where the time of an update goes, by kind of work. ``on_phase`` is told each phase
+    as it begins. Of the model, config.json alone is read, and the data not at all.
 
     Raises DoesNotFit before anything is allocated (``force=True`` tries what does not fit), RunFailed where memory runs out, with the phase
     it ran out in, RecipeError, ModelError, DiskFull.
@@ -136,7 +137,7 @@ def rehearse(recipe: Recipe, *, box: Box | None = None, force: bool = False, on_
     if not force:
         planned.check()
         make_plan(recipe, box=here).check()
-    return rehearse_plan(planned, on_phase)
+    return rehearse_plan(planned, on_phase, profile)
 
 
 def written_bytes(planned: Any, recipe: Recipe) -> float:

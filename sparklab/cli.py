@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "rehearse", "run a recipe at full size with random weights, and hold it against its plan", _rehearse)
     verb.add_argument("model", help=field_help()["model"])
     verb.add_argument("--force", action="store_true", help="try although the plan does not fit")
+    verb.add_argument("--profile", action="store_true", help="also where the time of an update goes, by kind of work")
     _plan_flags(verb)
 
     verb = _verb(verbs, "trace", "the best plan, its training step traced: the real one, on tensors without memory", _trace)
@@ -231,7 +232,7 @@ def _rehearse(options: argparse.Namespace) -> None:
 
     box = Box.profile(options.box) if options.box else None
     recipe = plan(options.model, box=box, tokens=options.tokens, **_changes(options)).best().recipe
-    rehearsal = rehearse(recipe, box=box, force=options.force, on_phase=lambda phase: print(f"{phase} ...", file=sys.stderr))  # noqa: T201
+    rehearsal = rehearse(recipe, box=box, force=options.force, profile=options.profile, on_phase=lambda phase: print(f"{phase} ...", file=sys.stderr))  # noqa: T201
     _show(options, rehearsal.to_dict(), rehearsal)
 
 

@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
@@ -19,6 +20,7 @@ from sparklab.data.pack import epoch_order
 from sparklab.engine import checkpoint
 from sparklab.engine.finite import BadUpdate, Watch, drop_gradients, weights_are_finite
 from sparklab.engine.loss import IGNORE, chunked_cross_entropy, full_cross_entropy
+from sparklab.engine.profile import DATA, OPTIMIZER
 from sparklab.errors import RecipeError
 from sparklab.model.load import causal_lm
 from sparklab.planner.recipe import Recipe
@@ -113,7 +115,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Trainer's own, and a look at loss and gradients before the optimizer takes them. Raises :class:`RunFailed` where they are not finite."""
-        norm: Tensor = super()._clip_grad_norm(model)
+        with record_function(OPTIMIZER):
+            norm: Tensor = super()._clip_grad_norm(model)
         found = self.watch.judge(norm, self.accelerator)
         if found is not None:
             self._refuse(model, *found)
@@ -141,18 +144,18 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     def rows_of_update(self) -> list[int]:
         """Numbers of the training rows in the update under way, of this rank, in the order of its micro-batches."""
         ranks, rank, each = self.accelerator.num_processes, self.accelerator.process_index, self.recipe.micro_batches_per_update
-        count = len(self.train_dataset)
-        batches = math.ceil(count / ranks)
+        batches = math.ceil(len(self.train_dataset) / ranks)
         updates = math.ceil(batches / each)
         epoch, update = divmod(self.state.global_step, updates)
-        order = epoch_order(count, self.recipe.seed, epoch)
-        return [order[(batch * ranks + rank) % count] for batch in range(update * each, min((update + 1) * each, batches))]
+        order = epoch_order(len(self.train_dataset), self.recipe.seed, epoch, ranks)
+        return [int(order[batch * ranks + rank]) for batch in range(update * each, min((update + 1) * each, batches))]
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
         """Trainer's own, timed: how long an update waits for its data."""
         began = time.perf_counter()
         try:
-            return super().get_batch_samples(*arguments, **options)
+            with record_function(DATA):
+                return super().get_batch_samples(*arguments, **options)
         finally:
             self.update_wait_seconds += time.perf_counter() - began
 

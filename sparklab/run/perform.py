@@ -33,6 +33,7 @@ from sparklab.engine import merge
 from sparklab.engine.answer import continuations
 from sparklab.engine.fast import ready_model
 from sparklab.engine.gauge import Gauge
+from sparklab.engine.profile import StepProfile
 from sparklab.engine.trainer import PackedTrainer, mean_loss
 from sparklab.errors import SparklabError
 from sparklab.model import load
@@ -44,6 +45,7 @@ from sparklab.units import NA, is_na, jsonable
 
 WARM_UPDATES: Final = 2  # the first makes the optimizer's states, the second is the first whole one; a CPU's storages are followed in both
 TIMED_UPDATES: Final = 3
+PROFILED_UPDATES: Final = 2  # after those, where somebody asks where the time goes: looking costs time
 
 
 class _Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
@@ -62,20 +64,21 @@ class _Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers is not 
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_save = control.should_evaluate = False  # each has a phase of its own
-        if state.global_step <= WARM_UPDATES:
-            return
-        self._gauge.synchronize()
-        self.seconds.append(time.perf_counter() - self._mark)
-        if state.global_step == state.max_steps:
+        if WARM_UPDATES < state.global_step <= WARM_UPDATES + TIMED_UPDATES:
+            self._gauge.synchronize()
+            self.seconds.append(time.perf_counter() - self._mark)
+        if state.global_step == WARM_UPDATES + TIMED_UPDATES:
             self._power.__exit__(None, None, None)
+        if state.global_step == state.max_steps:
             self._gauge.resume()
 
 
 class Performance:
     """One recipe at full size with random weights and random tokens, phase by phase."""
 
-    def __init__(self, recipe: Recipe, scratch: Path, tell: Any) -> None:
-        self.recipe = recipe.replace(max_steps=WARM_UPDATES + TIMED_UPDATES, epochs=1.0)
+    def __init__(self, recipe: Recipe, scratch: Path, tell: Any, profiled: bool = False) -> None:
+        self.updates = WARM_UPDATES + TIMED_UPDATES + (PROFILED_UPDATES if profiled else 0)
+        self.recipe = recipe.replace(max_steps=self.updates, epochs=1.0)
         self.scratch, self.tell = scratch, tell
         self.box = Box.detect()
         self.device = load.pick_device()
@@ -103,6 +106,7 @@ class Performance:
         return {
             "phases": {name: asdict(reading) for name, reading in self.gauge.readings.items()},
             "step_seconds": seconds,
+            "profile": self.profiler.seconds,
             "runtime_bytes": runtime,
             "watts": self.power.watts,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.box.chip,
@@ -123,12 +127,13 @@ class Performance:
 
     def _train(self) -> list[float]:
         """Real updates by the package's own Trainer; seconds of those that were timed."""
-        updates = WARM_UPDATES + TIMED_UPDATES
-        rows = [self._row()] * (updates * self.recipe.micro_batches_per_update)
+        rows = [self._row()] * (self.updates * self.recipe.micro_batches_per_update)
         watch = _Stopwatch(self.gauge, self.power)
         with self._phase("train"):
             self.trainer = PackedTrainer(self.model, self.recipe, self.scratch, rows, (), callback=watch)
             self.trainer.remove_callback(transformers.PrinterCallback)
+            self.profiler = StepProfile(WARM_UPDATES + TIMED_UPDATES, PROFILED_UPDATES, self.device)
+            self.trainer.add_callback(self.profiler)
             self.trainer.train()
         return watch.seconds
 
@@ -215,7 +220,7 @@ def main() -> int:
             limit, available = (NA if request[name] is None else float(request[name]) for name in ("limit_bytes", "available_bytes"))
             if not is_na(limit):
                 cap_memory(limit, float(request["runtime_bytes"]))
-            performance = Performance(Recipe.from_dict(request["recipe"]), Path(request["scratch"]), tell)
+            performance = Performance(Recipe.from_dict(request["recipe"]), Path(request["scratch"]), tell, bool(request["profile"]))
             tell(answer=performance.run(available))
         except SparklabError as error:
             tell(error=error.to_dict())

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,6 +84,8 @@ class Rehearsal:
     here: Box
     """The machine that computed."""
     notes: tuple[str, ...] = ()
+    profile: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of an update by kind of work, which sum to the update as profiled; empty where nobody asked."""
 
     @property
     def measured_bytes(self) -> float:
@@ -134,9 +136,22 @@ class Rehearsal:
             "watts": self.watts,
             "seconds": self.seconds,
             "device": self.device,
+            "profile": {kind: {"ms": 1e3 * seconds, "share": seconds / self._profiled} for kind, seconds in self.profile.items()} or None,
+            "profile_ms": 1e3 * self._profiled if self.profile else None,
             "notes": [*self.plan.notes, *self.notes],
         })  # fmt: skip
         return values
+
+    @property
+    def _profiled(self) -> float:
+        return sum(self.profile.values())
+
+    def _kinds(self) -> list[tuple[str, ...]]:
+        """Rows of the profile: kind, milliseconds, share; nothing of what took none."""
+        return [(kind, f"{1e3 * seconds:,.1f} ms", f"{seconds / self._profiled:.1%}") for kind, seconds in self.profile.items() if seconds]
+
+    def _time(self) -> str:
+        return f"an update as profiled: {1e3 * self._profiled:,.1f} ms (without the profiler {1e3 * self.update_seconds:,.1f} ms)"
 
     def __repr__(self) -> str:
         memory = ", ".join(f"{phase.name} {render.size(phase.measured_bytes)}" for phase in self.phases)
@@ -163,17 +178,20 @@ class Rehearsal:
         lines = [render.heading(self.plan)]
         lines += ["  ".join(cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True)))
                   for row in rows]  # fmt: skip
-        return "\n".join([*lines, self._speed(), *(f"Note: {note}" for note in self.notes)])
+        kinds = [f"  {kind:<20}{ms:>14}{share:>9}" for kind, ms, share in self._kinds()]
+        return "\n".join([*lines, self._speed(), *([self._time(), *kinds] if kinds else []), *(f"Note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        return render.table_block(render.heading(self.plan), HEADS, self._rows(), (self._speed(), *(f"Note: {note}" for note in self.notes)))
+        table: str = render.table_block(render.heading(self.plan), HEADS, self._rows(), (self._speed(), *(f"Note: {note}" for note in self.notes)))
+        return table + (render.table_block(self._time(), ("kind", "time", "share"), self._kinds(), ()) if self.profile else "")
 
 
-def rehearse_plan(planned: Plan, on_phase: Callable[[str], None] | None = None) -> Rehearsal:
+def rehearse_plan(planned: Plan, on_phase: Callable[[str], None] | None = None, profile: bool = False) -> Rehearsal:
     """Performs the plan's recipe in a process of its own, held to the plan's usable memory, and keeps what it learns for later plans here.
 
-    ``on_phase`` is told each phase as it begins. Raises :class:`RunFailed` where memory ran out or the process died, with the phase it died
-    in, :class:`ModelError` where transformers cannot make the model, :class:`DiskFull` where a checkpoint would not fit on the disk.
+    ``on_phase`` is told each phase as it begins; ``profile`` asks where an update's time goes. Raises :class:`RunFailed` where memory ran out or
+    the process died, with the phase it died in, :class:`ModelError` where transformers cannot make the model, :class:`DiskFull` where a
+    checkpoint would not fit on the disk.
     """
     began = time.perf_counter()
     here = Box.detect()
@@ -182,7 +200,7 @@ def rehearse_plan(planned: Plan, on_phase: Callable[[str], None] | None = None) 
     # On the disk of the cache and not in the system's temporary folder, which on some systems is memory.
     with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=folder) as scratch:
         check_disk(Path(scratch), _written_bytes(planned))
-        answer = _perform(planned, here, Path(scratch), on_phase)
+        answer = _perform(planned, here, Path(scratch), on_phase, profile)
     rehearsal = Rehearsal(
         plan=planned,
         phases=_phases(planned, here, answer["phases"]),
@@ -191,6 +209,7 @@ def rehearse_plan(planned: Plan, on_phase: Callable[[str], None] | None = None) 
         seconds=time.perf_counter() - began,
         device=answer["device"],
         here=here,
+        profile=answer["profile"],
     )
     return replace(rehearsal, notes=_notes(rehearsal, answer))
 
@@ -201,7 +220,7 @@ def _written_bytes(planned: Plan) -> float:
     return 3.0 * ledger.trainable * max(ledger.trained_width, ledger.width) + sum(2.0 * linear.weights / linear.count for linear in ledger.adapted) + 2**20
 
 
-def _perform(planned: Plan, here: Box, scratch: Path, on_phase: Callable[[str], None] | None) -> dict[str, Any]:
+def _perform(planned: Plan, here: Box, scratch: Path, on_phase: Callable[[str], None] | None, profile: bool) -> dict[str, Any]:
     """Starts the process, follows it from phase to phase and returns its answer."""
     # The process needs no network: all it reads of the model is this file.
     (scratch / "config.json").write_text(json.dumps(load_config(planned.recipe.model)), encoding="utf-8")
@@ -211,6 +230,7 @@ def _perform(planned: Plan, here: Box, scratch: Path, on_phase: Callable[[str], 
         "recipe": planned.recipe.replace(model=str(scratch), dtype=planned.ledger.dtype).to_dict(),
         "scratch": str(scratch / "run"),
         "report": str(report),
+        "profile": profile,
         "limit_bytes": min(planned.usable_bytes, here.usable_bytes),
         "runtime_bytes": here.runtime_bytes,
         "available_bytes": here.available_bytes,
