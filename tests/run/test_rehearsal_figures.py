@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from small_model import SHAPE, box, recipe
@@ -94,3 +95,15 @@ def test_power_is_told_or_unknown(tmp_path):
     with PowerMeter(False, tmp_path / "elsewhere") as meter:
         pass
     assert meter.watts != meter.watts
+
+
+def test_a_profile_is_shown_and_told(tmp_path):
+    here = box()
+    plain = made(plan(recipe(tmp_path), box=here), here, 2.0)
+    assert plain.to_dict()["profile"] is None and "profiled" not in str(plain)
+    profiled = replace(plain, profile={"matrix products": 1.5, "loss": 0.0, "other": 0.5})
+    content = profiled.to_dict()
+    assert content["profile"]["matrix products"] == {"ms": 1500.0, "share": 0.75}
+    assert content["profile_ms"] == 2000.0 == sum(part["ms"] for part in content["profile"].values())
+    for picture in (str(profiled), profiled._repr_html_()):
+        assert "2,000.0 ms" in picture and "1,500.0 ms" in picture and "75.0%" in picture and "loss" not in picture
