@@ -255,10 +255,15 @@ def _train(options: argparse.Namespace) -> int:
     return _follow(options, train(recipe, options.directory, panel=False, force=options.force), options.detach)
 
 
+def _told(done: int, total: int | None) -> None:
+    """How far tokenising is, on one line of the terminal."""
+    print(f"\r\x1b[2K{done:,}{'' if total is None else f' of {total:,}'} records tokenised\r", end="", file=sys.stderr, flush=True)  # noqa: T201
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from sparklab.panels.data_panel import inspect  # noqa: PLC0415
 
-    seen = inspect(options.data, model=options.model, **_changes(options))
+    seen = inspect(options.data, model=options.model, on_progress=_told if sys.stderr.isatty() else None, **_changes(options))
     if options.show:
         rows = seen.page(options.show, options.first)
         _show(options, {"records": rows}, seen.page_text(rows, colour=sys.stdout.isatty()))

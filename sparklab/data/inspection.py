@@ -16,7 +16,7 @@ from sparklab.data.packed import Rows
 from sparklab.data.pages import FLAGS
 from sparklab.data.read import Source, open_source
 from sparklab.data.render import Tokenizer
-from sparklab.data.tokenise import tokenised
+from sparklab.data.tokenise import Tell, tokenised
 from sparklab.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _LITTLE: Final = 0.02
 """A share of learned tokens below which one asks whether that is meant."""
 
 
-def look(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Answer:
+def look(recipe: Recipe, tokenizer: Tokenizer, folder: Path, tell: Tell | None = None) -> Answer:
     """The inspection in numbers, ready for JSON; what :mod:`sparklab.data.pages` needs besides is left in ``folder``.
 
     Raises :class:`DataError` where the data cannot be opened at all; what training would refuse is in ``refusals``.
@@ -49,7 +49,7 @@ def look(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Answer:
     sources = [open_source(data, recipe.format) for data in names]
     for source in sources:
         attempt(source.refuse_untrainable)
-    stores = [attempt(tokenised, data, source, recipe, encoder) for data, source in zip(names, sources, strict=True)] if encoder is not None else [None]
+    stores = [attempt(tokenised, data, source, recipe, encoder, tell) for data, source in zip(names, sources, strict=True)] if encoder is not None else [None]
     known: Answer = {"sources": [{"name": source.name, "kind": source.kind, "format": source.format, "named": source.is_named} for source in sources]}
     opened = tuple(Opened(source, store) for source, store in zip(sources, stores, strict=False) if store is not None)
     if len(opened) < len(sources):

@@ -14,18 +14,21 @@ from sparklab.data.store import Store
 from sparklab.errors import DataError
 from sparklab.panels import data_view
 from sparklab.panels.resident import Resident
+from sparklab.planner.kept import kept
 from sparklab.planner.recipe import Recipe
-from sparklab.run.inspecting import inspect_data
+from sparklab.run.inspecting import Progress, inspect_data
 
 ON_A_PAGE: Final = 5
 
 
-def inspect(source: Recipe | str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None, **changes: Any) -> Inspection:
+def inspect(source: Any, *, model: str | os.PathLike[str] | None = None, on_progress: Progress | None = None, **changes: Any) -> Inspection:
     """What is in the data, and what a model would learn of it: before a single step is spent.
 
-    ``source`` is a :class:`Recipe`, or data as a recipe names it: then ``model`` says whose tokenizer and chat template are used (default:
-    the bundled tiny model's, and the inspection says so), and ``changes`` are fields of a recipe. The result shows itself in a notebook: the
-    verdict, warnings, lengths, and every record to page through, what is learned of it marked. Tokens are kept for the training to come. No torch is loaded.
+    ``source`` is a :class:`Recipe`, or data as a recipe names it, or records from memory (a pandas DataFrame, a list of dicts, a
+    ``datasets.Dataset``): then ``model`` says whose tokenizer and chat template are used (default: the bundled tiny model's, and the
+    inspection says so), and ``changes`` are fields of a recipe. The result shows itself in a notebook: the verdict, warnings, lengths, and
+    every record to page through, what is learned of it marked. Tokens are kept for the training to come; no torch is loaded.
+    ``on_progress`` hears how many records are tokenised, of how many where that is known.
 
     ::
 
@@ -38,8 +41,15 @@ def inspect(source: Recipe | str | os.PathLike[str], *, model: str | os.PathLike
     """
     if isinstance(source, Recipe):
         recipe = source if model is None and not changes else source.replace(**{**changes, **({} if model is None else {"model": str(model)})})
-        return Inspection(recipe)
-    return Inspection(Recipe(model="tiny" if model is None else str(model), data=str(source), **changes), stands_in=model is None)
+        return Inspection(recipe, on_progress=on_progress)
+    folder = new_folder()
+    data = kept(source, folder / "data")
+    return Inspection(Recipe(model="tiny" if model is None else str(model), data=data, **changes), folder, stands_in=model is None, on_progress=on_progress)
+
+
+def new_folder() -> Path:
+    """Where an inspection keeps what it needs as long as it lives."""
+    return Path(tempfile.mkdtemp(prefix="sparklab-inspection-"))
 
 
 class Inspection(Resident):
@@ -47,13 +57,13 @@ class Inspection(Resident):
 
     kind = "data"
 
-    def __init__(self, recipe: Recipe, stands_in: bool = False) -> None:
+    def __init__(self, recipe: Recipe, folder: Path | None = None, *, stands_in: bool = False, on_progress: Progress | None = None) -> None:
         super().__init__()
         self.recipe = recipe
         self._stands_in = stands_in
-        folder = Path(tempfile.mkdtemp(prefix="sparklab-inspection-"))
+        folder = folder or new_folder()
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self.numbers: dict[str, Any] = inspect_data(recipe, folder)
+        self.numbers: dict[str, Any] = inspect_data(recipe, folder, on_progress)
         """Everything counted, as :meth:`to_dict` gives it."""
         self._pages = self._open(folder)
         self._at = ("odd" if self._counts.get("odd") else "all", 0)

@@ -16,7 +16,7 @@ import sparklab as sl
 from sparklab.data import prepare, store
 from sparklab.data.inspection import look
 from sparklab.data.pages import TOKENS, paragraphs
-from sparklab.errors import DataError, DataNotFound, ModelNotFound
+from sparklab.errors import DataError, ModelNotFound
 from sparklab.model.hub import TINY_PATH
 from sparklab.panels import data_view
 from sparklab.planner.recipe import Recipe
@@ -156,15 +156,25 @@ def test_a_tokenizer_without_a_template_is_refused_but_the_rest_is_said(tmp_path
 
 
 def test_errors_of_data_and_model(tmp_path, data):
-    with pytest.raises(DataNotFound, match="No data file"):
-        sl.inspect(tmp_path / "nowhere.jsonl")
     with pytest.raises(ModelNotFound, match="tokenizer of"):
         inspecting.answer({"recipe": Recipe(model=str(tmp_path), data=str(data)).to_dict(), "folder": str(tmp_path)})
 
 
-def test_nothing_heavy_is_loaded_here(data):
-    code = f"import sys, sparklab as sl; sl.inspect({str(data)!r}); print(sorted({{'torch', 'transformers', 'ipywidgets', 'pandas'}} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+def test_nothing_heavy_is_loaded_here():
+    """Records from memory, and no data at all: in a process that loads neither torch nor transformers."""
+    code = """import sys, sparklab as sl
+from sparklab.errors import DataNotFound
+records = [{"prompt": f"q {number}", "completion": f"a {number}"} for number in range(4)]
+heard = []
+seen = sl.inspect(records, on_progress=lambda done, total: heard.append(done))
+assert (seen.numbers["report"]["records"], seen.numbers["sources"][0]["format"], seen.verdict) == (4, "prompt", "ready"), seen
+assert seen.page()[3]["learned"] and set(heard) <= {4}
+try:
+    sl.inspect("nowhere.jsonl")
+except DataNotFound as error:
+    print(error.fact, sorted({"torch", "transformers", "ipywidgets", "pandas"} & set(sys.modules)))"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "No data file nowhere.jsonl []", result.stderr
 
 
 def test_the_command_line(data, tmp_path):
