@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparklab.data import signs, split
+from sparklab.data import split
 from sparklab.data.corpus import Corpus, HeldOut, Opened
 from sparklab.data.encode import Encoder
 from sparklab.data.faults import Faults, Skipped
@@ -52,7 +52,7 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, skipped: Path | None = None, t
         faults = Faults(leave_out)
         opened = tuple(_open(data, recipe, encoder, faults, tell) for data in (recipe.data, recipe.held_out) if isinstance(data, str))
     corpus = Corpus.open(recipe, encoder, opened)
-    for check in (refuse_too_long, refuse_nothing_to_learn, refuse_no_end):
+    for check in (refuse_too_long, refuse_nothing_to_learn):
         check(corpus, recipe)
     train_rows, held_out_rows = (Rows(side.slices, recipe.micro_batch_tokens, recipe.seed) for side in (corpus.train, corpus.held_out))
     return Prepared(
@@ -98,15 +98,6 @@ def refuse_nothing_to_learn(corpus: Corpus, recipe: Recipe) -> None:
     if train.longest > recipe.max_length:
         raise DataError(fact, f"raise max_length: it is {recipe.max_length:,} and the longest record has {train.longest:,} tokens")
     raise DataError(fact, "the chat template's {% generation %} marks leave out every answer: put them around the assistant's content")
-
-
-def refuse_no_end(corpus: Corpus, recipe: Recipe) -> None:
-    """Raise where no document teaches the end of a turn: the model would never stop."""
-    records = corpus.train.opened.store.records[corpus.train.chosen]
-    taught = records[records["flags"] & (signs.FAULT | signs.NOTHING_LEARNED) == 0]
-    if len(taught) and (taught["flags"] & signs.NO_END > 0).all() and "no_end" not in recipe.overrule:
-        fix = "use a chat template whose turns end in a special token, or train all the same: overrule=('no_end',)"
-        raise DataError(f"{recipe.data}: in none of {len(taught):,} records is an end-of-turn token learned, so the model would never learn to stop", fix)
 
 
 def report_of(corpus: Corpus, rows: int, skipped: int = 0) -> DataReport:

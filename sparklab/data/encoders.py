@@ -55,8 +55,8 @@ def main() -> int:
 def _be_one_of_many(source: Source, encoder: Encoder, folder: Path, share: Share, counts: mmap.mmap) -> NoReturn:
     status = 1
     try:
-        part = Part(folder / f"part-{1 + share.rank}", encoder, reads=share.rank == 0)
-        encode_share(part, source, share, lambda done: struct.pack_into("q", counts, 8 * share.rank, done))
+        with Part(folder / f"part-{1 + share.rank}", encoder, reads=share.rank == 0) as part:
+            encode_share(part, source, share, lambda done: struct.pack_into("q", counts, 8 * share.rank, done))
         status = 0
     except SparklabError:
         pass  # the caller goes on alone, meets the same error and raises it

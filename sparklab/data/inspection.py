@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sparklab.data import signs
 from sparklab.data.corpus import Corpus, Opened
-from sparklab.data.dataset import refuse_no_end, refuse_nothing_to_learn, refuse_too_long, refuse_unusable, report_of
+from sparklab.data.dataset import refuse_nothing_to_learn, refuse_too_long, refuse_unusable, report_of
 from sparklab.data.encode import Encoder
 from sparklab.data.faults import Faults
 from sparklab.data.packed import Rows
@@ -57,7 +57,7 @@ def look(recipe: Recipe, tokenizer: Tokenizer, folder: Path, tell: Tell | None =
     for one in opened:
         attempt(refuse_unusable, one, recipe)
     corpus = attempt(Corpus.open, recipe, encoder, opened) or Corpus.open(recipe.replace(held_out=0.0), encoder, opened[:1])
-    for check in (refuse_too_long, refuse_nothing_to_learn, refuse_no_end):
+    for check in (refuse_too_long, refuse_nothing_to_learn):
         attempt(check, corpus, recipe)
     report = report_of(corpus, len(Rows(corpus.train.slices, recipe.micro_batch_tokens, recipe.seed)), skipped=_faults(corpus.opened).lines)
     _leave_for_pages(corpus, tokenizer, folder)

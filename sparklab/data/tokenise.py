@@ -168,11 +168,16 @@ class Part:
     def _note(self, where: str, fault: Fault) -> None:
         self._files[where].write(json.dumps(asdict(fault)) + "\n")
 
-    def finish(self) -> None:
-        """Close the shard and write down what else there is to know."""
+    def __enter__(self) -> Part:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.shard.close()
         for file in self._files.values():
             file.close()
+
+    def finish(self) -> None:
+        """Write down what else there is to know."""
         known = {"good": self.good, "bad_lines": self.reading.lines} if self._reads else {}
         notes = {"ignored": dict(self.ignored), "warnings": self.encoder.warnings, "stop_ids": _stop_ids(self.encoder), **known}
         (self.shard.folder / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
@@ -215,18 +220,18 @@ class _Making:
 
     def run(self, processes: int) -> None:
         """Encode everything and lay it together."""
-        part = Part(self.folder / "part-0", self.encoder, reads=True)
-        done, parts = 0, [part.shard.folder]
-        for number, chunk in part.chunks(self.source):
-            part.take(number * CHUNK, self.encoder.encode(chunk))
-            done += len(chunk)
-            if self.tell is not None:
-                self.tell(done, None)
-            if number == HERE - 1 and processes > 1:
-                parts += self._others(done, processes)
-                if len(parts) > 1:
-                    break
-        part.finish()
+        done, parts = 0, [self.folder / "part-0"]
+        with Part(parts[0], self.encoder, reads=True) as part:
+            for number, chunk in part.chunks(self.source):
+                part.take(number * CHUNK, self.encoder.encode(chunk))
+                done += len(chunk)
+                if self.tell is not None:
+                    self.tell(done, None)
+                if number == HERE - 1 and processes > 1:
+                    parts += self._others(done, processes)
+                    if len(parts) > 1:
+                        break
+            part.finish()
         self._lay_together(parts)
 
     def _others(self, done: int, processes: int) -> list[Path]:

@@ -30,7 +30,7 @@ Format = Literal["auto", "messages", "sharegpt", "prompt", "instruction", "text"
 Template = Literal["auto", "none", "chatml", "llama2", "llama3", "mistral", "gemma", "phi3", "zephyr", "vicuna"]
 Learn = Literal["assistant", "completion", "last", "all"]
 OnBad = Literal["error", "skip"]
-Overrule = Literal["mismatch", "special_text", "no_end"]
+Overrule = Literal["mismatch", "special_text"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -89,8 +89,7 @@ class Recipe:
     on_bad: OnBad = "error"
     """Records that cannot be used: ``error`` refuses the data and names them, ``skip`` writes them to skipped.jsonl in the run directory."""
     overrule: tuple[Overrule, ...] = ()
-    """Refusals not to heed: ``mismatch`` trains on text that generation is not prompted with, ``special_text`` makes special tokens of plain text,
-    ``no_end`` trains although no end-of-turn is learned."""
+    """Refusals not to heed: ``mismatch`` trains on text that generation is not prompted with, ``special_text`` makes special tokens of plain text."""
 
     # the optimisation
     optimizer: Optimizer = "adamw"
