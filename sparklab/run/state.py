@@ -245,4 +245,5 @@ class RunState:
         self._say(event, f"finished after {self.step} steps")
 
     def _say(self, event: Event, text: str) -> None:
-        self.messages.append({"event": event["event"], "time": self.last_time, "step": self.step, "text": text})
+        kind = {"kind": str(event["kind"])[:40]} if event.get("kind") else {}  # of a warning: guard, nonfinite
+        self.messages.append({"event": event["event"], "time": self.last_time, "step": self.step, "text": text, **kind})

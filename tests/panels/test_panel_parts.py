@@ -206,6 +206,14 @@ def test_samples_stand_by_prompt_newest_first():
     assert [answer["text"] for answer in view["groups"][1]["answers"]] == ["a11", "a10", "a9", "a8", "a7", "a6"]
 
 
+def test_what_the_guard_says_stands_out():
+    state = state_of(STARTED, {"event": "warning", "message": "plain"}, {"event": "warning", "kind": "guard", "message": "floor"})
+    state.add({"event": "stopped", "time": 1.0, "by": "guard", "reason": "floor", "fix": "free memory"})
+    assert [note["tone"] for note in facts.notes(state)] == ["warn", "bad", "warn"]
+    head = facts.head(state)
+    assert (head["word"], head["tone"], head["fix"]) == ("Stopped by the memory guard", "bad", "free memory")
+
+
 # curves of any length
 
 
