@@ -19,6 +19,7 @@ OTHERS: Final = 4  # other programs with a name of their own
 RESERVE_SHARE: Final = 0.04  # of the pool, where no guard says from where on it runs dry
 SWAP_SECONDS: Final = 30.0
 SWAP_BYTES: Final = 64 * MIB  # more than this pushed out in that time is felt
+ABOVE: Final = 1.05  # a measured peak this many times the planned one is said to be above it
 LIGHTS: Final = {"good": "calm", "warn": "tight", "bad": "critical"}
 
 
@@ -45,6 +46,7 @@ def memory(state: RunState, plan: dict[str, Any]) -> dict[str, Any]:
         "line": usable if near else None,
         "scale": max(tallest, usable if near else 0.0, 1e-9) * 1.06,
         "phase": one_line(plan.get("peak_phase") or "", 40),
+        "above": bool(segments or planned) and not is_na(peak) and peak > ABOVE * planned,
         "pool": None if state.is_over else _pool(last),
         "light": light(state),
     }
@@ -96,6 +98,8 @@ def _measured(view: dict[str, Any], over: bool) -> str:
     if view["peak"] is None:
         return "nothing measured yet"
     peak = f"peak {size(view['peak'])}"
+    if view["above"]:
+        return f"{peak}, above the plan"
     return peak if over or view["now"] is None else f"{size(view['now'])} now, {peak}"
 
 

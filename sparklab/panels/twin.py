@@ -168,7 +168,7 @@ def _memory(state: RunState, plan: dict[str, Any]) -> str:
         [(peak, DIM, False)] if over else [(min(now, peak), DIM, False), (max(0.0, peak - now), "#a8a8a8", False)], view["scale"], view["line"]
     )
     body = _bar_row("planned", parts.image(planned, view["words"], 16), view["planned_text"])
-    body += _bar_row("measured", parts.image(measured, view["measured_text"], 9), view["measured_text"])
+    body += _bar_row("measured", parts.image(measured, view["measured_text"], 9), view["measured_text"], dot(WARN) if view["above"] else "")
     body += parts.legend(view["segments"])
     pool = view["pool"]
     if pool:
@@ -180,12 +180,12 @@ def _memory(state: RunState, plan: dict[str, Any]) -> str:
     return section("Memory", f"{aside}{faint(view['usable_text'])}", body)
 
 
-def _bar_row(label: str, bar: str, text: str) -> str:
+def _bar_row(label: str, bar: str, text: str, mark: str = "") -> str:
     """Name and figures above the bar: reads at any width without a style sheet."""
     return (
         f'<div style="display:flex;flex-wrap:wrap;align-items:center;gap:1px 12px;margin:0 0 4px 0;font-size:12px;{NUMBERS}">'
         f'<span style="width:62px;{FAINT}">{label}</span><div style="flex:1 1 260px;min-width:0">{bar}</div>'
-        f'<span style="flex:0 0 190px">{escape(text)}</span></div>'
+        f'<span style="flex:0 0 190px">{mark}{escape(text)}</span></div>'
     )
 
 

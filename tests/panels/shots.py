@@ -1,7 +1,8 @@
-"""Pictures of the run panel for people to look at: every state, light and dark, narrow and wide; and those in docs/, from a run of one's own.
+"""Pictures of the run panel for people to look at: every state, light and dark, narrow and wide, live and as a twin. The runs are made up.
 
-python tests/panels/shots.py FOLDER                    every scene, live and as a twin
-python tests/panels/shots.py FOLDER --run RUN          a run's panel as it was two thirds through, light and dark, as docs/ has it
+python tests/panels/shots.py FOLDER
+python tests/panels/shots.py docs --docs               the two that the README shows
+python tests/panels/shots.py FOLDER --run RUN          a real run's panel as it was two thirds through
 """
 
 import argparse
@@ -125,6 +126,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--run")
+    parser.add_argument("--docs", action="store_true")
     parser.add_argument("--share", type=float, default=0.67)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +136,11 @@ def main():
             for dark in (False, True):
                 show(context, as_it_was(directory, options.share), directory.plan, options.folder / f"run-{'dark' if dark else 'light'}.png",
                      title=facts.title(directory), clip=facts.clip_norm(directory), dark=dark, width=980)  # fmt: skip
+            return
+        if options.docs:
+            for dark in (False, True):
+                path = options.folder / f"run-{'dark' if dark else 'light'}.png"
+                show(context, *scenes()["training"], path, title=("chat-1", "Qwen3-0.6B · lora"), dark=dark, width=980)
             return
         for name, (state, plan) in scenes().items():
             for form in ("live", "twin"):

@@ -104,6 +104,12 @@ def test_memory_closes_its_books_on_the_plan():
     assert memory(state, {**PLAN, "usable_gib": 4.0})["line"] == 4.0
 
 
+def test_a_peak_above_the_plan_is_said():
+    state = state_of(STARTED, {"event": "memory", "process_bytes": 3.9 * 2**30, "peak_bytes": 4 * 2**30})
+    assert memory(state, PLAN)["measured_text"] == "peak 4.00 GiB, above the plan"
+    assert memory(state, {**PLAN, "peak_gib": 3.9})["measured_text"] == "3.90 GiB now, peak 4.00 GiB" and memory(state, {})["above"] is False
+
+
 def test_many_lines_are_summed_and_a_gap_is_named():
     lines = [{"name": f"line {i}", "phase": "train", "gib": 1.0 + i / 100} for i in range(12)]
     view = memory(state_of(), {"peak_gib": 15.0, "peak_phase": "train", "lines": lines})

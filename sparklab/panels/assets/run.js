@@ -149,7 +149,7 @@ function showMemory(ui, memory) {
   ];
   stackBar(ui.planned, segments, memory.scale, memory.line);
   stackBar(ui.measured, measured, memory.scale, memory.line);
-  say(ui.plannedText, memory.planned_text || ""); say(ui.measuredText, memory.measured_text || "");
+  say(ui.plannedText, memory.planned_text || ""); say(ui.measuredText, memory.measured_text || ""); ui.measuredText.classList.toggle("sl-warn", Boolean(memory.above));
   ui.bars.setAttribute("aria-label", memory.words || "Memory");
   legendOf(ui.legend, segments);
   say(ui.usable, memory.usable_text || ""); ui.usable.classList.toggle("sl-usablemark", memory.line !== null && memory.line !== undefined);
