@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sparklab"
 FLOORS = [
     ["sparklab.units", "sparklab.text"],
     ["sparklab.errors", "sparklab.files"],
-    ["sparklab.box", *(f"sparklab.model.{name}" for name in ("anatomy", "families", "fields", "hub", "parts", "source"))],
+    ["sparklab.box", *(f"sparklab.model.{name}" for name in ("anatomy", "families", "fields", "hub", "parts", "shards", "source"))],
     ["sparklab.planner"],
     ["sparklab.data"],
     ["sparklab.model"],
@@ -32,7 +32,11 @@ TORCH = {
     "sparklab.engine",
     "sparklab.model.load",
     "sparklab.model.blank",
+<<<<<<< HEAD
     "sparklab.model.experts",
+=======
+    "sparklab.model.stream",
+>>>>>>> eb87440 (Weights come once: read tensor by tensor, moved or quantised at once, the page cache dropped behind; files that are not whole are named before the start)
     "sparklab.run.perform",
     "sparklab.run.session",
     "sparklab.run.reporter",

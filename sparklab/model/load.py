@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from sparklab.box import Box
-from sparklab.errors import ModelError, ModelNotFound
+from sparklab.errors import ModelError, ModelNotFound, SparklabError
 from sparklab.model.experts import target_experts
 from sparklab.model.source import check_trainable
+from sparklab.model.stream import Tell, fetched, load_streamed
 from sparklab.planner.recipe import Recipe
+from sparklab.units import NA
 
 # Of all families; PEFT takes those that a model has. Phi's and GPT-NeoX' are fused, DeepSeek's come out of a latent.
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "dense", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
@@ -60,23 +62,46 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
-    """The base model on the device, frozen unless the method is full; 4-bit for qlora. No pickle is ever read."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device, attention: str, tell: Tell | None = None) -> nn.Module:
+    """The base model on the device, frozen unless the method is full; 4-bit for qlora. No pickle is ever read.
+
+    ``tell`` hears how far it is. Raises :class:`ModelError` that names what is missing, damaged or does not belong together.
+    """
+    from transformers import AutoConfig  # noqa: PLC0415
 
     source = check_trainable(recipe.model)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True, "trust_remote_code": False}
-    if recipe.method == "qlora":
-        options["quantization_config"] = nf4_config(recipe, dtype)
-    if device.type == "cuda":
-        options["device_map"] = {"": device.index or 0}
+    quantization = nf4_config(recipe, dtype) if recipe.method == "qlora" else None
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, local_files_only=os.path.isdir(source), **options)
+        if not os.path.isdir(source):
+            if tell is not None:
+                tell("from the hub, or its local cache", NA, NA)
+            source = fetched(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+        # A model of text inside a larger one, or one that was saved quantised, takes turns of the library's own.
+        plain = not hasattr(config, "text_config") and getattr(config, "quantization_config", None) is None
+        if not plain and tell is not None:
+            tell("the library's own way, which may hold the files a second time", NA, NA)
+        load = load_streamed if plain else _load_stock
+        model: nn.Module = load(source, config, dtype, device, attention, quantization, tell)
+    except SparklabError:
+        raise
     except (OSError, ValueError) as error:
         raise _not_loadable(recipe.model, source, error) from error
     if hasattr(model.config, "text_config"):
         raise ModelError(f"model {recipe.model!r} reads more than text, and only text can be trained on", "train a model of text alone")
     return keep_trainable(model, recipe)
+
+
+def _load_stock(source: str, config: Any, dtype: torch.dtype, device: torch.device, attention: str, quantization: Any, tell: Tell | None) -> nn.Module:
+    """As :func:`sparklab.model.stream.load_streamed`, by transformers alone."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    if device.type == "cuda":
+        options["device_map"] = {"": device.index or 0}
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False,
+                                                            local_files_only=True, **options)  # fmt: skip
+    return model
 
 
 def keep_trainable(model: nn.Module, recipe: Recipe) -> nn.Module:

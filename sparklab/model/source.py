@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sparklab.errors import ModelError
 from sparklab.model.hub import TINY_PATH, load_config
+from sparklab.model.shards import read_headers
 
 
 def resolve(model: str) -> str:
@@ -17,7 +18,10 @@ def resolve(model: str) -> str:
 
 
 def check_trainable(model: str) -> str:
-    """As :func:`resolve`, and a local directory must hold config, safetensors weights and a tokenizer: all that is missing is named at once."""
+    """As :func:`resolve`, and a local directory must hold config, safetensors weights and a tokenizer: all that is missing is named at once.
+
+    So is a weight file that is missing, cut short or damaged, as far as its header tells.
+    """
     source = resolve(model)
     path = Path(source)
     if not path.is_dir():
@@ -33,4 +37,5 @@ def check_trainable(model: str) -> str:
     values = load_config(source)
     if isinstance(values, dict) and isinstance(values.get("text_config"), dict):
         raise ModelError(f"model {model!r} reads more than text, and only text can be trained on", "train a model of text alone; a plan is of its text part")
+    read_headers(path)
     return source
