@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparklab import errors as errors
-    from sparklab.api import Run, plan, quickstart, rehearse, runs, train
+    from sparklab.api import Run, doctor, plan, quickstart, rehearse, runs, train
     from sparklab.box import Box
     from sparklab.data.lesson import lesson
     from sparklab.model.anatomy import Anatomy
@@ -39,6 +39,7 @@ _HOMES = {
     "PlanTable": "sparklab.planner",
     "Recipe": "sparklab.planner.recipe",
     "Run": "sparklab.api",
+    "doctor": "sparklab.api",
     "errors": "sparklab.errors",
     "explore": "sparklab.panels.plan_panel",
     "inspect": "sparklab.panels.data_panel",
@@ -56,7 +57,7 @@ _MODULES = {"errors", "recipes"}
 
 __all__ = [
     "Anatomy", "Box", "ModelTable", "Plan", "PlanTable", "Recipe", "Run",
-    "errors", "explore", "inspect", "lesson", "monitor", "plan", "quickstart", "recipes", "rehearse", "runs", "train",
+    "doctor", "errors", "explore", "inspect", "lesson", "monitor", "plan", "quickstart", "recipes", "rehearse", "runs", "train",
 ]  # fmt: skip
 
 

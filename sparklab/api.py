@@ -24,6 +24,7 @@ from sparklab.run.state import RunState
 from sparklab.run.tracing import traced, traced_alone
 
 if TYPE_CHECKING:
+    from sparklab.box.doctor import Checkup
     from sparklab.model.anatomy import Anatomy
     from sparklab.panels.runs_panel import RunTable
     from sparklab.panels.tables import Comparison, Evaluation
@@ -138,6 +139,25 @@ def rehearse(recipe: Recipe, *, box: Box | None = None, force: bool = False, pro
         planned.check()
         make_plan(recipe, box=here).check()
     return rehearse_plan(planned, on_phase, profile)
+
+
+def doctor(source: Recipe | str | os.PathLike[str] | None = None, *, drill: bool = False) -> Checkup:
+    """What about this machine would spoil a run: torch and its libraries, the memory pool, the disk, Jupyter; each with the line that mends it.
+
+    ``source``: a recipe, or the directory of a run, whose checkpoints must fit on the disk. ``drill=True`` rehearses the guard's trip with a
+    tiny run that is made to believe memory runs out, in under a minute. Takes the seconds that loading torch takes, in a process of its own.
+
+    Raises RunNotFound, and where the drill's own run fails RunError.
+    """
+    from sparklab.box.doctor import Checkup, Examination, Machine  # noqa: PLC0415 - only who asks pays
+    from sparklab.run.drill import drill as rehearse_trip  # noqa: PLC0415
+
+    disk = None
+    if source is not None:
+        recipe, path = (source, RUNS) if isinstance(source, Recipe) else (RunDirectory(source).recipe, Path(source))
+        disk = (path, written_bytes(make_plan(recipe, box=Box.detect()), recipe))
+    findings = Examination(Machine(), disk).findings()
+    return Checkup((*findings, *(rehearse_trip() if drill else ())))
 
 
 def written_bytes(planned: Any, recipe: Recipe) -> float:

@@ -1,6 +1,7 @@
 """The command line: the same verbs as ``import sparklab as sl``, each with ``--json``.
 
-Exit status: 0 done, 1 an error of sparklab's own, 2 something the user can mend (one clear error, no traceback), 130 interrupted.
+Exit status: 0 done, 1 an error of sparklab's own, 2 something the user can mend (one clear error, no traceback), 130 interrupted;
+of ``doctor`` also 3 warnings, 4 faults.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "box", "what this machine has: memory usable now, compute, what was measured and what assumed", _box)
     verb.add_argument("name", nargs="?", default="this", help="a profile instead of this machine (default: this)")
+
+    verb = _verb(verbs, "doctor", "what about this machine would spoil a run, and the line that mends it", _doctor)
+    verb.add_argument("directory", nargs="?", help="a run directory: whether its checkpoints fit on the disk is looked at too")
+    verb.add_argument("--drill", action="store_true", help="rehearse the guard's trip with a tiny run, in under a minute")
 
     verb = _verb(verbs, "monitor", "the memory of this machine, live: who holds it, how hard it is pressed", _monitor)
     verb.add_argument("--once", action="store_true", help="print it once and leave")
@@ -211,6 +216,14 @@ def _monitor(options: argparse.Namespace) -> None:
         _show(options, panel.to_dict(), panel)
     else:
         follow(panel, sys.stdout)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from sparklab.api import doctor  # noqa: PLC0415
+
+    checkup = doctor(options.directory, drill=options.drill)
+    _show(options, checkup.to_dict(), checkup)
+    return checkup.exit_status
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ as page cache and once as the tensor made of them.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from sparklab.model.shards import AGAIN, StoredTensor, read_headers
 from sparklab.units import MIB, format_bytes
 
 BLOCK_BYTES: Final = 32 * MIB  # read at a time; what lies in the page cache is never more than this and the kernel's own reading ahead
+TRIM_BYTES: Final = 32 * MIB  # read between two times that freed memory is given back to the system
 WANTED: Final = ("config.json", "generation_config.json", "model*.safetensors*")  # of a hub model, beside its tokenizer
 DTYPES: Final = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
@@ -76,7 +78,9 @@ class Reader:
             if count == 0:
                 raise ModelError(f"{path} ends in the middle of {stored.name!r}: it was cut short while it was read", AGAIN)
             done += count
-        _drop(file, place + done)  # from the start: pages come in groups, and one that is in use is not let go of at its first end
+        _drop(file)
+        if (self.done_bytes + done) // TRIM_BYTES > self.done_bytes // TRIM_BYTES:
+            _give_back()
         self.done_bytes += done
         if self._tell is not None:
             seconds = time.monotonic() - self._began
@@ -91,7 +95,7 @@ class Reader:
     def close(self) -> None:
         """Closes the files; nothing of them stays in the page cache."""
         for file in self._files.values():
-            _drop(file, 0)
+            _drop(file)
             os.close(file)
         self._files.clear()
 
@@ -140,6 +144,7 @@ def load_streamed(source: str, config: Any, dtype: torch.dtype, device: torch.de
             )
     finally:
         reader.close()
+        _give_back()
     _check(folder, told)
     # Told of no directory, it could not look for these.
     model.config.name_or_path = model.name_or_path = source
@@ -188,7 +193,14 @@ def one_at_a_time() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _drop(file: int, end: int) -> None:
-    """Tells the kernel that what lies before ``end`` (0: anything of the file) will not be read again; it lets go of whole pages."""
+def _drop(file: int) -> None:
+    """Tells the kernel that nothing of the file will be read again: also what it read ahead, as the next tensor often lies elsewhere."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, end, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _give_back() -> None:
+    """What quantising took and let go of goes back to the system, where C's allocator keeps it else (glibc; on others nothing happens)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from sparklab.box import Box, watchdog
+from sparklab.files import read_json
 from sparklab.planner.recipe import Recipe
+from sparklab.text import one_line
 from sparklab.units import GIB, is_na
 
 PROC: Final = "SPARKLAB_GUARD_PROC"  # a directory that stands for /proc as the guard sees it: rehearsals of the trip, and tests
@@ -85,13 +87,12 @@ def left_behind(run: Path) -> dict[str, Any] | None:
     The file is anybody's: what is not as it should be counts as nothing.
     """
     try:
-        path = run / LEFT
-        content = None if path.is_symlink() or path.stat().st_size > 2**16 else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(run / LEFT, 2**16)
+    except (OSError, ValueError):
         return None
     if not isinstance(content, dict) or not isinstance(content.get("numbers"), dict):
         return None
-    return {**content, "reason": str(content.get("reason", ""))[:1000], "fix": str(content.get("fix", ""))[:1000]}
+    return {**content, "reason": one_line(content.get("reason", ""), 1000), "fix": one_line(content.get("fix", ""), 1000)}
 
 
 def clear(run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import Any
 
 import transformers
@@ -97,11 +98,19 @@ class Session:
 
     def _load(self) -> None:
         self.events.write("phase", phase="load")
-        self.model = ready_model(self.recipe, self.box)
+        self._told = 0.0
+        self.model = ready_model(self.recipe, self.box, partial(load.load_base, tell=self._tell_loaded))
         total, trainable = load.count_parameters(self.model)
         self.events.write("model", parameters=total, trainable_parameters=trainable)
         for sentence in left_to_stock(self.model):
             self.events.write("warning", kind="stock", message=sentence)
+
+    def _tell_loaded(self, words: str, done_bytes: float, total_bytes: float) -> None:
+        """How far the weights are, every two seconds, and the first and last word of it."""
+        if time.monotonic() - self._told < 2 and done_bytes != total_bytes:
+            return
+        self._told = time.monotonic()
+        self.events.write("phase", phase="load", detail=words, share=done_bytes / total_bytes if total_bytes else None)
 
     def _trainer(self) -> PackedTrainer:
         trainer = PackedTrainer(self.model, self.recipe, self.directory.checkpoints_path, self.data.train_rows, self.data.held_out_rows, callback=self.reporter)
