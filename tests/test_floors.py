@@ -32,11 +32,8 @@ TORCH = {
     "sparklab.engine",
     "sparklab.model.load",
     "sparklab.model.blank",
-<<<<<<< HEAD
     "sparklab.model.experts",
-=======
     "sparklab.model.stream",
->>>>>>> eb87440 (Weights come once: read tensor by tensor, moved or quantised at once, the page cache dropped behind; files that are not whole are named before the start)
     "sparklab.run.perform",
     "sparklab.run.session",
     "sparklab.run.reporter",
