@@ -10,7 +10,7 @@ SHAPE = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4,
     "vocab_size": 1000, "max_position_embeddings": 4096, "tie_word_embeddings": False,
 }  # fmt: skip
-BASE = {"data": "none", "dtype": "bf16", "engine": "stock", "micro_batch_tokens": 256, "max_length": 64, "answer_tokens": 4}
+BASE = {"data": "none", "dtype": "bf16", "micro_batch_tokens": 256, "max_length": 64, "answer_tokens": 4}
 
 
 def box(**changes):

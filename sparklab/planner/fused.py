@@ -90,7 +90,7 @@ def _gated(parts: tuple[Part, ...], engine: Engine) -> GatedMlp | None:
 def _unpacked(part: Linear, engine: Engine) -> tuple[float, float]:
     """Bytes a token of a 4-bit weight while it is unpacked, and of its constants."""
     numbers = part.inputs * part.outputs / engine.tokens
-    return engine.unpacked_bytes * numbers, engine.constant_bytes * numbers
+    return (0.0 if engine.unpacks_into_buffer else engine.unpacked_bytes * numbers), engine.constant_bytes * numbers
 
 
 def _base(part: Linear, tape: Tape, engine: Engine, name: str, size: float) -> None:

@@ -49,8 +49,10 @@ class Holdings:
             rank=0 if self.full else recipe.rank,
             adapted=frozenset(linear.name for linear in self.adapted),
             train_base=self.full,
+            fast=recipe.engine == "fast" and not recipe.dora,
             expert_rank=self.expert_rank,
             unpacked_bytes=self.width if self.four_bit else 0,
+            unpacks_into_buffer=self.buffered is not None,
             constant_bytes=4 / 64 if self.four_bit and recipe.double_quantization else 0,
             dropout_mask_bytes=0 if self.full or not recipe.dropout else 1 if box.is_gpu else self.adapter_width,
             tokens=self.tokens if fixed or self.four_bit else 1,
@@ -58,6 +60,13 @@ class Holdings:
         )
 
     # what stays the whole time
+
+    @cached_property
+    def buffered(self) -> LinearGroup | None:
+        """The largest adapted linear layer where 4-bit weights are unpacked into one buffer: our kernels' on a GPU."""
+        if not (self.four_bit and self.box.is_gpu and self.recipe.engine == "fast" and not self.recipe.dropout and not self.recipe.dora):
+            return None
+        return max(self.adapted, key=lambda linear: linear.inputs * linear.outputs)
 
     @cached_property
     def adapter_parameters(self) -> int:
@@ -115,7 +124,12 @@ class Holdings:
             moments = Item("optimizer", 2.0 * width * count, lambda: f"AdamW: 2 moments x {count:,} x {width} B ({name}, as the weights)")
         if self.full:
             return (moments,)
-        return (Item("adapters", float(width * count), lambda: f"rank {rank}: {count:,} parameters x {width} B ({name})"), moments)
+        adapters = Item("adapters", float(width * count), lambda: f"rank {rank}: {count:,} parameters x {width} B ({name})")
+        if (largest := self.buffered) is None:
+            return (adapters, moments)
+        buffer = Item("dequantisation buffer", float(largest.inputs * largest.outputs * self.width),
+                      lambda: f"4-bit weights are unpacked into it, the largest {largest.name}, {largest.outputs:,} x {largest.inputs:,}")  # fmt: skip
+        return (adapters, moments, buffer)
 
     @cached_property
     def _moments_8bit(self) -> float:
@@ -162,7 +176,7 @@ class Holdings:
     @cached_property
     def unpacked(self) -> tuple[Item, ...]:
         """The largest 4-bit weight while it is unpacked; nothing where there is none."""
-        if not self.four_bit:
+        if not self.four_bit or self.buffered is not None:
             return ()
         largest = self.anatomy.largest_linear
         return (Item("dequantisation workspace", float(largest.inputs * largest.outputs * self.width),

@@ -43,6 +43,8 @@ class Engine:
     """Attention with a padding mask: keys and values are repeated for every query head."""
     unpacked_bytes: float = 0.0
     """Bytes of a number of a 4-bit weight while it is unpacked; 0: the base is not in 4 bits."""
+    unpacks_into_buffer: bool = False
+    """Our kernels unpack into a buffer that is always there."""
     constant_bytes: float = 0.0
     """Bytes a number of its constants, unpacked before it; 0 where they are fp32 already."""
     keeps_unpacked_inputs: bool = False

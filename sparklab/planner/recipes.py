@@ -72,8 +72,8 @@ def lora_14b(data: Any, *, model: str | Path = "Qwen/Qwen3-14B", **changes: Any)
 
 
 def lora_32b(data: Any, *, model: str | Path = "Qwen/Qwen3-32B", **changes: Any) -> Recipe:
-    """Adapters on thirty-two billion parameters in bf16, a few layers recomputed. Raises RecipeError."""
-    return _complete(changes, model=model, data=data, method="lora", learning_rate=LARGE_ADAPTER_RATE, micro_batch_tokens=2048, checkpoint_layers=8)
+    """Adapters on thirty-two billion parameters in bf16. Raises RecipeError."""
+    return _complete(changes, model=model, data=data, method="lora", learning_rate=LARGE_ADAPTER_RATE, micro_batch_tokens=2048)
 
 
 def lora_30b_a3b(data: Any, *, model: str | Path = "Qwen/Qwen3-30B-A3B", **changes: Any) -> Recipe:

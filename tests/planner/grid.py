@@ -87,7 +87,7 @@ def write_config(folder: Path, model: str) -> str:
 def compared(path: str, changes: dict[str, Any]) -> Compared:
     """One point of the grid."""
     warnings.simplefilter("ignore")  # transformers has opinions on configs
-    recipe = Recipe(**{"model": path, "data": "none", "dtype": "bf16", "engine": "stock", "micro_batch_tokens": 2048, "max_length": 512, **changes})
+    recipe = Recipe(**{"model": path, "data": "none", "dtype": "bf16", "micro_batch_tokens": 2048, "max_length": 512, **changes})
     box = GPU if recipe.dropout else BOX
     seen = [line for line in trace(recipe, box).lines if line.name not in UNSEEN]
     ledger = Ledger(Anatomy.read(path), recipe, box)

@@ -68,7 +68,7 @@ def test_the_grid_is_wide() -> None:
 @pytest.mark.parametrize(("shape", "changes", "documents"), GRID)
 def test_planned_is_measured(shape: dict[str, Any], changes: dict[str, Any], documents: int) -> None:
     config = {**SHAPE, **shape}
-    recipe = Recipe(**{"model": "small", "data": "none", "micro_batch_tokens": 256, "max_length": 64, "dtype": "bf16", "engine": "stock", **changes})
+    recipe = Recipe(**{"model": "small", "data": "none", "micro_batch_tokens": 256, "max_length": 64, "dtype": "bf16", **changes})
     measured = measured_peak(config, recipe, documents)
     planned = planned_peak(config, recipe)
     # The ledger counts the dequantised weight throughout a 4-bit layer's backward pass, the real peak may fall where none is held.
@@ -89,18 +89,18 @@ FAMILY_GRID: list[tuple[dict[str, Any], int]] = [
 @pytest.mark.parametrize("family", sorted(SMALL))
 @pytest.mark.parametrize(("changes", "documents"), FAMILY_GRID)
 def test_planned_is_measured_in_every_family(family: str, changes: dict[str, Any], documents: int) -> None:
-    recipe = Recipe(**{"model": "small", "data": "none", "micro_batch_tokens": 256, "max_length": 64, "dtype": "bf16", "engine": "stock", **changes})
+    recipe = Recipe(**{"model": "small", "data": "none", "micro_batch_tokens": 256, "max_length": 64, "dtype": "bf16", **changes})
     assert planned_peak(SMALL[family], recipe) == pytest.approx(measured_peak(SMALL[family], recipe, documents), rel=0.01)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "gemma2", "gpt_neox", "phi3", "qwen3_moe"])
 def test_planned_is_measured_in_4_bits(family: str) -> None:
-    recipe = Recipe(model="small", data="none", micro_batch_tokens=256, max_length=64, dtype="bf16", method="qlora", engine="stock")
+    recipe = Recipe(model="small", data="none", micro_batch_tokens=256, max_length=64, dtype="bf16", method="qlora")
     assert planned_peak(SMALL[family], recipe) == pytest.approx(measured_peak(SMALL[family], recipe, 4), rel=0.03)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_planned_is_measured_over_several_chunks_of_the_loss(dtype: str) -> None:
     config = {**SHAPE, "vocab_size": 8000}
-    recipe = Recipe(model="small", data="none", micro_batch_tokens=1280, max_length=256, dtype=dtype, engine="stock")  # type: ignore[arg-type]
+    recipe = Recipe(model="small", data="none", micro_batch_tokens=1280, max_length=256, dtype=dtype)  # type: ignore[arg-type]
     assert planned_peak(config, recipe) == pytest.approx(measured_peak(config, recipe, 5), rel=0.01)

@@ -155,7 +155,7 @@ def test_a_config_that_transformers_cannot_make_is_said_so(tmp_path):
 
 def test_a_plan_carries_its_trace(recipe_of):
     """The trace runs in a process of its own; the closed form and it say the same, and the notes tell."""
-    recipe = recipe_of({}, {"dtype": "fp32", "engine": "stock"})
+    recipe = recipe_of({}, {"dtype": "fp32"})
     plan: Any = sl.plan(recipe, box=BOX, tokens=1e6, trace=True)
     assert plan.traced.peak_bytes == pytest.approx(plan.phases["train"], rel=0.01)
     assert plan.to_dict()["traced_gib"] == plan.traced.peak_bytes / 2**30
