@@ -54,6 +54,15 @@ for record in records[:3]:
         print(f"{message['role']:>9}: {message['content']}")
 
 # %% [markdown]
+# ## Is the data right?
+#
+# What the model will see, before a single step is spent: every record as tokens, with what is learned of it marked green. Only the answers
+# are, and the token that ends them. Page through, or look at what is odd; were something badly wrong, training would refuse it as well.
+
+# %%
+sl.inspect(recipe)
+
+# %% [markdown]
 # ## Train
 #
 # `sl.train` starts a worker process and returns at once: the notebook stays free, and closing it does not end the run. The panel below is
