@@ -157,9 +157,7 @@ class ChatEncoder:
             turns = _turns(record)
             earlier = [turn for turn in self._wanted(record) if turn != turns[-1]]
             rewrites = bool(earlier) and self.learn != "all" and self.probe.rewrites(record)
-            # With marks, one for each turn, the prompt of the last answer is check enough: it repeats all that stands before.
-            enough = self.learn == "all" or (self._renderer.marked and not rewrites and len(marks) in (0, len(turns)))
-            asked += [(index, turn) for turn in (turns[-1:] if enough else turns)]
+            asked += [(index, turn) for turn in self._asked(record, marks, rewrites)]
             alone += [(index, turn) for turn in earlier] if rewrites else []
         prompts = self._renderer.prompts([Conversation(records[index].messages[:turn], records[index].tools) for index, turn in asked])
         texts = self._renderer.texts([Conversation(records[index].messages[: turn + 1], records[index].tools) for index, turn in alone]) if alone else []
@@ -169,6 +167,14 @@ class ChatEncoder:
         for (index, turn), text in zip(alone, texts, strict=True):
             made[index].alone[turn] = text
         return made
+
+    def _asked(self, record: Record, marks: list[int], rewrites: bool) -> list[int]:
+        """Indices of the messages whose prompts are to be compared with the text: of each turn that is learned, and of all that are to be found by them."""
+        turns = _turns(record)
+        if self.learn == "all" or (self._renderer.marked and not marks and not rewrites):
+            return turns[-1:]
+        found = self._renderer.marked and not rewrites and len(marks) == len(turns)
+        return self._wanted(record) if found else turns
 
     def _wanted(self, record: Record) -> list[int]:
         """Indices of the messages that are learned."""
@@ -233,8 +239,9 @@ class ChatEncoder:
             starts = {turn: mark for turn, start, limit in bounds for mark in marks if start <= mark < limit and mark == min(m for m in marks if m >= start)}
         else:
             return {}
-        if turns[-1] in starts and starts[turns[-1]] < _same(prompts[turns[-1]], ids):
-            return self._covered(record, ids[starts[turns[-1]] : len(prompts[turns[-1]])])
+        for turn, start in starts.items():
+            if turn in prompts and turn not in rendered.alone and start < _same(prompts[turn], ids):
+                return self._covered(record, ids[start : len(prompts[turn])])
         return starts
 
     def _turn_alone(self, record: Record, rendered: _Rendered, turn: int) -> tuple[Document, int] | Fault:

@@ -257,6 +257,13 @@ def test_a_mismatch_in_one_record_is_located() -> None:
     assert learned(joining, document) == ["\n\nb<|stop|>"]
 
 
+@pytest.mark.parametrize("contents", [("a", "b", "c", "\nd"), ("a", "\nb", "c", "d")])
+def test_a_mismatch_in_any_turn_is_located_with_marks_too(contents: tuple[str, ...]) -> None:
+    joining = build_tokenizer(templates.text_of("chatml"), end="<|im_end|>", special=["<|pad|>", "<|im_start|>", "<|im_end|>", "\n\n"])
+    (bad,) = ChatEncoder(joining).encode([chat(*contents)])
+    assert isinstance(bad, Fault) and bad.kind == "training text and generation prompt differ"
+
+
 # ---------------------------------------------------------------- named templates
 
 
