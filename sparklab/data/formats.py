@@ -143,6 +143,8 @@ def _chat(record: dict[str, Any], empty: Record, shape: Shape) -> Record:
 
 def _parse_prompt(record: dict[str, Any], empty: Record) -> Record:
     _need(record, "prompt", "completion")
+    if record.get("label") is False:  # KTO's pairs: what should not be said
+        raise WrongError("a completion labelled false", record["completion"], field="label", fix="keep the records whose label is true")
     used = ("prompt", "completion", "tools")
     if isinstance(record["prompt"], str) and not record["prompt"].lstrip().startswith("[{"):
         messages = [_says("user", _text(record, "prompt", may_be_empty=True)), _says("assistant", _text(record, "completion"))]

@@ -13,6 +13,7 @@ import inspect
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -240,6 +241,16 @@ def _faults(recipe: Recipe) -> list[str]:
     return faults
 
 
+def _nameless(recipe: Recipe) -> Iterator[str]:
+    for name in ("model", "data"):
+        value = getattr(recipe, name)
+        if not isinstance(value, str):
+            how = "; sl.recipes.lora(model, records) writes records from memory to a file" if name == "data" else ""
+            yield f"{name} is of type {type(value).__name__}; it must be a path or a name{how}"
+        elif not value:
+            yield f"{name} is ''; it must be a path or a name"
+
+
 def _faults_between_fields(recipe: Recipe) -> list[str]:
     """Faults of fields with a form of their own, or that only show beside another."""
     faults = []
@@ -266,6 +277,5 @@ def _faults_between_fields(recipe: Recipe) -> list[str]:
         for name, given in (("dropout", recipe.dropout), ("dora", recipe.dora)):
             if given:
                 faults.append(f"{name} is {given!r} beside expert_adapters; PEFT has no {name} for experts: leave one of the two out")
-    nameless = [name for name in ("model", "data") if not isinstance(getattr(recipe, name), str) or not getattr(recipe, name)]
-    faults.extend(f"{name} is {getattr(recipe, name)!r}; it must be a path or a name" for name in nameless)
+    faults.extend(_nameless(recipe))
     return faults

@@ -373,6 +373,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a thought that is none": ({"messages": [A, {**B, "thinking": 3}]}, "messages[1].thinking: a thought is not text"),
     "tool before the assistant": ({"messages": [A, says("tool", "x"), B]}, "roles out of order: user, tool, assistant"),
     "completion a number": ({"prompt": "a", "completion": 3}, "completion: completion is not text (a number)"),
+    "completion labelled false": ({"prompt": "a", "completion": "b", "label": False}, "label: a completion labelled false: b"),
     "completion blank": ({"prompt": "a", "completion": " "}, "completion: empty completion"),
     "prompt a list, completion a text": ({"prompt": [A], "completion": "b"}, "completion: completion is not a list (a string)"),
     "output a list": ({"instruction": "a", "output": ["b"]}, "output: output is not text (a list)"),

@@ -69,6 +69,7 @@ def test_the_fingerprint_changes_with_every_field() -> None:
         ({"model": ""}, "model is ''"),
         ({"engine": "turbo"}, "engine is 'turbo'; choose one of fast, stock"),
         ({"optimizer": "paged_adamw_8bit"}, "another pool of memory, and here there is one"),
+        ({"data": [{"text": "a"}]}, "data is of type list; it must be a path or a name; sl.recipes.lora"),
         ({"format": "xml"}, "format is 'xml'; choose one of auto, messages"),
         ({"template": "mine"}, "template is 'mine'"),
         ({"learn": "user"}, "learn is 'user'"),
