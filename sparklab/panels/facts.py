@@ -42,6 +42,11 @@ def figure(value: float, show: Callable[[float], str]) -> str:
     return DASH if is_na(value) or math.isinf(value) else show(value)
 
 
+def loss_text(value: float) -> str:
+    """A loss to three decimals, a large one to four figures: ``'0.541'``, ``'12.34'``."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+
+
 def clip_norm(directory: RunDirectory) -> float:
     """The recipe's clip line; NA where the recipe cannot be read."""
     try:
@@ -121,8 +126,8 @@ def figures(state: RunState, plan: dict[str, Any] | None = None, clip: float = N
     """The single numbers beside the curves, and the words under them. ``clip``: the longest gradient that is let through."""
     plan = plan or {}
     return {
-        "loss": "NaN" if state.losses and is_na(state.losses[-1]) else figure(_last(state.losses), lambda value: f"{value:.3f}"),
-        "held_out": figure(state.evals[-1]["loss"] if state.evals else NA, lambda value: f"{value:.3f}"),
+        "loss": "NaN" if state.losses and is_na(state.losses[-1]) else figure(_last(state.losses), loss_text),
+        "held_out": figure(state.evals[-1]["loss"] if state.evals else NA, loss_text),
         "tokens_per_second": figure(state.tokens_per_second, lambda value: f"{value:,.0f}"),
         "speed_note": _speed_note(state, plan),
         "learning_rate": figure(_last(state.learning_rates), scientific),

@@ -72,7 +72,7 @@ function layoutLoss(root, ui, add) {
   const controls = heading.appendChild(make("span", "sl-controls"));
   const label = controls.appendChild(make("label", "sl-dim", "smooth "));
   ui.smoothing = label.appendChild(make("input", "sl-range", "", { type: "range", min: "-5", max: "5", step: "1", value: "0", "aria-label": "Smoothing of the loss" }));
-  add(controls, "log", "button", "sl-button sl-small", "log", { type: "button", "aria-pressed": "false", "aria-label": "Logarithmic scale" });
+  add(controls, "log", "button", "sl-button sl-small", "log", { type: "button", "aria-pressed": "false", "aria-label": "log scale" });
   add(loss, "plot", "canvas", "sl-plot", "", { role: "img", tabindex: "0", "aria-label": "Loss curve" });
 }
 
@@ -240,7 +240,7 @@ function steer(ui, model) {
 function curves(ui, model, ask) {
   const rows = new Rows(WIDTH), view = { log: false, cursor: null, over: false };
   let smoothed = new Float32Array(0), scales = null, stale = true;
-  const format = (value, none = "NaN") => (isFinite(value) ? value.toFixed(3) : none);
+  const format = (value, none = "NaN") => (!isFinite(value) ? none : Math.abs(value) < 10 ? value.toFixed(3) : String(+value.toPrecision(4)));
   const number = (value) => value.toLocaleString("en");
   const readout = () => {
     const curve = model.get("curve"), figures = model.get("figures"), steps = rows.column(STEP), chosen = view.cursor !== null && view.cursor < rows.count;
@@ -249,7 +249,7 @@ function curves(ui, model, ask) {
     say(ui.raw, !rows.count ? "–" : chosen ? format(rows.column(LOSS)[at]) : figures.loss || "–");
     say(ui.smooth, rows.count ? format(smoothed[at], "–") : "–");
     say(ui.heldOut, chosen ? (heldOut ? format(heldOut[1]) : "–") : figures.held_out || "–");
-    say(ui.best, curve.best ? `${curve.best[1].toFixed(3)} at ${number(curve.best[0])}` : "–");
+    say(ui.best, curve.best ? `${format(curve.best[1])} at ${number(curve.best[0])}` : "–");
     ui.heldOutKey.hidden = ui.bestKey.hidden = !(curve.evals || []).length;
     const from = at > 0 ? steps[at - 1] + 1 : steps[at];
     say(ui.at, !chosen ? "" : rows.stride === 1 ? `at step ${number(steps[at])}` : `steps ${number(from)}–${number(steps[at])}: ${format(rows.column(LOW)[at])} to ${format(rows.column(HIGH)[at])}`);
