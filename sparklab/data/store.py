@@ -16,6 +16,7 @@ least recently used ones go when all of them together are beyond :data:`LIMIT_BY
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -155,7 +156,8 @@ def held(key: str) -> Iterator[Path]:
             yield Path(folder) / key
         return
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks: two may do the same work, and the last one's stays
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield home / key
 
 

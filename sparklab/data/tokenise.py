@@ -7,6 +7,7 @@ it: reading costs a tenth of encoding, and nothing but what was read from disk a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import heapq
 import json
@@ -29,6 +30,7 @@ from sparklab.data.read import Source
 from sparklab.data.record import Record
 from sparklab.data.store import Shard, Store
 from sparklab.data.template import IGNORED
+from sparklab.errors import DiskFull
 
 if TYPE_CHECKING:
     from sparklab.planner.recipe import Recipe
@@ -55,14 +57,20 @@ def tokenised(data: str, source: Source, recipe: Recipe, encoder: Encoder, tell:
     """The tokens of ``data``, which ``source`` reads, with their loss mask, from the cache or made now; ``encoder`` is the recipe's.
 
     ``tell`` hears of progress; ``processes`` is how many may encode at once (default: one a core). What is wrong with records is in the
-    store's faults. Raises :class:`DataError` where the source cannot be read on or the template cannot be learned from.
+    store's faults. Raises :class:`DataError` where the source cannot be read on or the template cannot be learned from, :class:`DiskFull`.
     """
     key = cache_key(source, recipe, encoder)
     with store.held(key) as folder:
         found = store.open_entry(folder)
         if found is None:
-            with store.draft(folder) as made:
-                _Making(made, data, source, recipe, encoder, key, tell).run(processes or _cores())
+            try:
+                with store.draft(folder) as made:
+                    _Making(made, data, source, recipe, encoder, key, tell).run(processes or _cores())
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                fix = f"free some space, or name a folder on another disk in the environment: {store.SWITCH}"
+                raise DiskFull(f"no room in {folder.parent} for the tokens of {source.name}", fix) from error
             found = store.open_entry(folder)
             assert found is not None, "sealed a moment ago"
             store.evict(folder)

@@ -38,7 +38,7 @@ def view(numbers: Numbers, counts: Mapping[str, int], model: str) -> dict[str, A
         "tone": TONES[numbers["verdict"]],
         "word": _HEADS[numbers["verdict"]],
         "name": one_line(" + ".join(source["name"].rsplit("/", 1)[-1] for source in numbers["sources"]), 100),
-        "about": one_line(" · ".join([*(_source_words(source) for source in numbers["sources"]), model]), 300),
+        "about": one_line(" · ".join(dict.fromkeys([*(_source_words(source) for source in numbers["sources"]), model])), 300),
         "refusals": [{"fact": _readable(one["fact"], 3000), "fix": _readable(one["fix"], 600)} for one in numbers["refusals"]],
         "findings": [{"words": _readable(one["words"], 400), "filter": one["filter"]} for one in numbers["findings"]],
         "figures": [{"name": name, "value": value, "note": note} for name, value, note in _figures(numbers)],

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from sparklab.data import store
-from sparklab.errors import DataError, DataNotFound, ModelError, ModelNotFound
+from sparklab.errors import DataError, DataNotFound, DiskFull, ModelError, ModelNotFound
 from sparklab.model.source import resolve
 from sparklab.planner.recipe import Recipe
 from sparklab.run.launch import child_environment
 from sparklab.run.process import answer_process, ask_process
 
 Progress = Callable[[int, int | None], Any]
-_ERRORS = {error.__name__: error for error in (DataError, DataNotFound, ModelError, ModelNotFound)}
+_ERRORS = {error.__name__: error for error in (DataError, DataNotFound, DiskFull, ModelError, ModelNotFound)}
 
 
 def inspect_data(recipe: Recipe, folder: Path, on_progress: Progress | None = None) -> dict[str, Any]:

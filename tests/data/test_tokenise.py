@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from sparklab.data import Encoder, open_source, prepare, signs, store, tokenise
 from sparklab.data.corpus import Opened
 from sparklab.data.faults import Faults
 from sparklab.data.signs import SCRIPTS, script_bits, script_names
+from sparklab.errors import DiskFull
 from sparklab.model.hub import TINY_PATH
 from sparklab.planner.recipe import Recipe
 
@@ -81,9 +86,7 @@ def test_the_same_from_many_processes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(list(many.faults())) == 200
     assert alone.notes == many.notes
     assert heard[0] == (512, None) and heard[-1][1] == 5000  # the others tell how far they are, of all lines
-    sizes = {path.name: path.stat().st_size for path in (tmp_path,)}
-    assert sizes  # nothing is left beside the data
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl"]  # nothing is left beside the data
 
 
 def test_a_tokenizer_that_is_not_the_models_stays_in_this_process(tmp_path: Path, marked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +168,33 @@ def test_the_cache_is_bounded(tmp_path: Path, cache: Path, marked: Any, monkeypa
     os.utime(made[0] / "seal.json", (5000, 5000))  # used last
     store.evict(made[3], limit_bytes=int(2.5 * size))
     assert entries(cache) == sorted([made[0], made[3]])
+
+
+def test_two_who_want_the_same_wait_for_one(tmp_path: Path, cache: Path, marked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_chats(tmp_path / "chats.jsonl", 60)
+    encode, began = Encoder.encode, []
+
+    def slowly(self: Encoder, records: Any) -> Any:
+        began.append(threading.get_ident())
+        time.sleep(0.3)
+        return encode(self, records)
+
+    monkeypatch.setattr(Encoder, "encode", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: list(prepare(recipe(data), marked).train_rows), range(3)))
+    assert found[0] == found[1] == found[2]
+    assert len(began) == 1
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, cache: Path, marked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, **columns: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store.Shard, "append", full)
+    with pytest.raises(DiskFull, match=r"no room in .* for the tokens of") as caught:
+        prepare(recipe(write_chats(tmp_path / "chats.jsonl", 60)), marked)
+    assert "SPARKLAB_DATA_CACHE" in caught.value.fix
+    assert entries(cache) == []
 
 
 def test_no_cache_where_none_can_be_kept(tmp_path: Path, marked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
