@@ -18,7 +18,7 @@ from sparklab.planner import plan as make_plan
 from sparklab.planner.kept import kept
 from sparklab.planner.recipe import Method, Recipe
 from sparklab.results.job import ask
-from sparklab.run import launch
+from sparklab.run import inputs, launch
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
 from sparklab.run.tracing import traced, traced_alone
@@ -108,12 +108,12 @@ def train(
     held_out = resolved(recipe.held_out) if isinstance(recipe.held_out, str) else recipe.held_out
     model = str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
     recipe = recipe.replace(model=model, data=resolved(recipe.data), held_out=held_out)
-    directory = RunDirectory.create(target, recipe, planned.to_dict(), launch.describe(recipe))
+    directory = RunDirectory.create(target, recipe, planned.to_dict(), inputs.describe(recipe))
     run = Run(directory)
     if inline:
-        launch.run_inline(directory)
+        launch.run_inline(directory, accept=None)
     else:
-        launch.start(directory)
+        launch.start(directory, accept=None)
     if panel and not inline:
         run._look(starting=True)
     return run
@@ -234,20 +234,32 @@ class Run:
             raise RunError(f"no worker is at work on {self.path} (it is {self.status})", "resume it first, or start a new run")
         self.directory.send(command, **details)
 
-    def resume(self, *, inline: bool = False, panel: bool = True) -> Run:
-        """Goes on: a paused run at once, a stopped, failed or lost one from its newest good checkpoint. Raises RunError on a finished one."""
+    def resume(self, *, accept: Sequence[str] = (), inline: bool = False, panel: bool = True, **changes: Any) -> Run:
+        """Goes on: a paused run at once, a stopped, failed or lost one from its newest good checkpoint.
+
+        What the run was started with must lie there as it was. What has changed since goes into ``accept`` by name: ``"recipe"``, ``"data"``,
+        ``"held_out"``, ``"model"`` or ``"versions"``. The run then is no longer the one that was started, and its diary says so. ``changes``
+        are fields of the recipe that leave weights and rows as they are, such as ``checkpoint_layers=20`` or ``retry="smaller"`` after memory
+        ran out.
+
+        Raises RunChanged, which names all that changed; RunBusy; RecipeError; RunError on a finished run.
+        """
         status = self.status
         if status == "paused":
             self.directory.send("resume")
             return self
         if status == "finished":
             raise RunError(f"{self.path} is finished: there is nothing left to do", "start a new run with more epochs")
+        accept = [accept] if isinstance(accept, str) else list(accept)
+        if changes:
+            inputs.change_recipe(self.directory, changes)
+            accept.append("recipe")
         if not self.directory.is_alive:
             self.directory.take_commands()  # what was asked of a worker that is gone is not asked of the next
         if inline:
-            launch.run_inline(self.directory)
+            launch.run_inline(self.directory, accept)
         else:
-            launch.start(self.directory)
+            launch.start(self.directory, accept)
         if panel and not inline:
             self._look(starting=True)
         return self

@@ -17,12 +17,14 @@ from typing import Any
 
 from sparklab.errors import SparklabError
 from sparklab.planner.recipe import Recipe, field_help
+from sparklab.run.exhausted import MAY_CHANGE
 from sparklab.text import clean, harmless_json
 from sparklab.units import jsonable
 
 USER_ERROR = 2
 INTERRUPTED = 130
 LONGEST_TEXT = 1_000_000  # characters printed at once
+NOT_ON_THE_WAY = {field.name for field in dataclasses.fields(Recipe)} - MAY_CHANGE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,6 +130,8 @@ def _run_verbs(verbs: Any) -> None:
             verb.add_argument("--out", help="where to write it (default: report.html in the run's directory)")
         if name == "resume":
             verb.add_argument("--detach", action="store_true", help="return at once")
+            verb.add_argument("--accept", nargs="+", default=[], metavar="NAME", help="go on although this changed: recipe, data, held_out, model, versions")
+            _recipe_flags(verb, leave_out=NOT_ON_THE_WAY)
 
 
 def _verb(verbs: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
@@ -377,7 +381,7 @@ def _learning_rate(options: argparse.Namespace) -> None:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    return _follow(options, _open(options).resume(panel=False), options.detach)
+    return _follow(options, _open(options).resume(accept=options.accept, panel=False, **_changes(options)), options.detach)
 
 
 def _compare(options: argparse.Namespace) -> None:

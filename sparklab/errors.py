@@ -26,6 +26,8 @@ wrote, and so are cleaned of what a terminal would obey.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from sparklab.text import clean
@@ -112,7 +114,12 @@ class RunFailed(RunError):
 
 
 class OutOfMemory(RunError, MemoryError):
-    """Memory ran out: the fact says in which phase, what was planned and what was measured; the fix the nearest plan that fits."""
+    """Memory ran out: the fact says in which phase, what was planned and what was measured; the fix the nearest plan that fits.
+
+    ``details`` has them as figures: phase, planned_bytes, measured_bytes, changes (of the recipe).
+    """
+
+    details: Mapping[str, Any] = MappingProxyType({})
 
 
 class DiskFull(RunError, OSError):

@@ -76,6 +76,10 @@ class Watch:
         """A micro-batch's loss. Stays on the device: nothing waits for it before the update is whole."""
         self._losses.append(loss.detach())
 
+    def restart(self) -> None:
+        """The update under way begins again."""
+        self._losses.clear()
+
     def judge(self, grad_norm: Tensor, accelerator: Any) -> tuple[float, float, list[int]] | None:
         """None where loss and gradients are finite, on all ranks; else both and the micro-batches of this rank whose loss is not finite."""
         losses = torch.stack([*self._losses, torch.zeros_like(grad_norm, dtype=torch.float32)])[: len(self._losses)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import Sampler
@@ -20,6 +21,7 @@ from sparklab.data.pack import epoch_order
 from sparklab.engine import checkpoint
 from sparklab.engine.finite import BadUpdate, Watch, drop_gradients, weights_are_finite
 from sparklab.engine.loss import IGNORE, chunked_cross_entropy, full_cross_entropy
+from sparklab.engine.memory import give_back, is_out_of_memory, longest, pieces
 from sparklab.engine.profile import DATA, OPTIMIZER
 from sparklab.errors import RecipeError
 from sparklab.model.load import causal_lm
@@ -90,6 +92,16 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self.update_tokens = self.update_supervised = 0
         self.watch = Watch(recipe.skip_bad_updates)
         self.update_wait_seconds = 0.0  # of the update under way, for its rows
+        self.carry: Callable[[], dict[str, Any]] = dict
+        """What a checkpoint is to hold beside the Trainer's own state, asked for as it is written."""
+        self.where = ""
+        """forward, backward, optimizer, evaluate or save: what is being done, and was where an error came."""
+        self.row_tokens = recipe.micro_batch_tokens
+        """The most tokens that go through the model at once; rows are taken in pieces where it is less than they hold."""
+        self.stuck = ""
+        """Why they cannot be made smaller still."""
+        self._update: list[dict[str, Tensor]] = []
+        self._random: dict[str, Any] = {}
         arguments = training_arguments(recipe, folder, len(train_rows), held_out=bool(held_out_rows))
         super().__init__(
             model=model,
@@ -109,12 +121,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self.update_tokens += inputs["input_ids"].numel()
         count = float(num_items_in_batch) if num_items_in_batch is not None else float((inputs["labels"][:, 1:] != IGNORE).sum())
         ranks: int = self.accelerator.num_processes
+        self.where = "forward"
         loss = row_loss(model, inputs, count, self.recipe.loss) * ranks
-        self.watch.note(loss)
+        self.where = "backward"
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Trainer's own, and a look at loss and gradients before the optimizer takes them. Raises :class:`RunFailed` where they are not finite."""
+        self.where = "optimizer"
         with record_function(OPTIMIZER):
             norm: Tensor = super()._clip_grad_norm(model)
         found = self.watch.judge(norm, self.accelerator)
@@ -153,6 +167,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
         """Trainer's own, timed: how long an update waits for its data."""
         began = time.perf_counter()
+        self._update.clear()
         try:
             with record_function(DATA):
                 return super().get_batch_samples(*arguments, **options)
@@ -167,15 +182,68 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     def measure_loss(self) -> dict[str, float]:
         """Held-out loss as ``eval_loss`` and the supervised tokens it is a mean over as ``eval_tokens``."""
-        measured = mean_loss(self.model, self.eval_dataset or (), self.recipe.loss, self.args.device)
-        return {"eval_loss": measured["loss"], "eval_tokens": measured["tokens"]}
+        self.where = "evaluate"
+        while True:
+            try:
+                measured = mean_loss(self.model, self.eval_dataset or (), self.recipe.loss, self.args.device, self.row_tokens)
+            except Exception as error:
+                if not (is_out_of_memory(error) and self._take_less()):
+                    raise
+            else:
+                self.where = ""
+                return {"eval_loss": measured["loss"], "eval_tokens": measured["tokens"]}
+            give_back()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's own; the loss it adds up starts anew after a skipped update, which would else stay NaN for ever."""
+        """Forward and backward of one row. Where memory runs out and the recipe says so, the whole update is taken again in smaller pieces."""
         if self.watch.skipped and not self.watch.has_losses:
+            self._tr_loss.zero_()  # the loss Trainer adds up starts anew after a skipped update, which would else stay NaN for ever
+        if not self._update and self.recipe.retry == "smaller":
+            self._random = checkpoint.rng_state()
+        self._update.append(inputs)
+        rows = [inputs]
+        while True:
+            try:
+                for row in rows[:-1]:
+                    self._tr_loss += self._step(model, row, num_items_in_batch)
+                return self._step(model, rows[-1], num_items_in_batch)
+            except Exception as error:
+                if not (is_out_of_memory(error) and self._take_less()):
+                    raise
+            # Out of the handler, so that nothing refers to what the failed pass held. Its gradients may be half there: all of them go, and the
+            # update begins again, with the random numbers it had.
+            model.zero_grad(set_to_none=True)
+            give_back()
+            self.watch.restart()
             self._tr_loss.zero_()
-        step: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        return step
+            self.update_tokens = 0
+            checkpoint.set_rng(self._random)
+            rows = list(self._update)
+
+    def _step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any) -> Tensor:
+        """Trainer's own, once for each piece of the row."""
+        losses = [super(PackedTrainer, self).training_step(model, piece, num_items_in_batch) for piece in pieces(inputs, self.row_tokens)]
+        loss: Tensor = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        self.watch.note(loss)
+        return loss
+
+    def _take_less(self) -> bool:
+        """Halves what goes through the model at once, where the recipe allows it and it helps. Documents are never cut for it: what they are
+        to teach would change.
+        """
+        if self.recipe.retry != "smaller" or self.accelerator.num_processes > 1:  # other ranks would wait for this one in the middle of an update
+            return False
+        row, document = longest(self.train_dataset if self.where != "evaluate" else [*(self.eval_dataset or ()), *self.train_dataset])
+        was = min(self.row_tokens, row)
+        now = max(was // 2, document)
+        if now >= was:
+            self.stuck = f"the longest document alone has {document:,} tokens, and documents are not cut to make room"
+            return False
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "on_retry"):
+                callback.on_retry(self.where, now, was)
+        self.row_tokens = now
+        return True
 
     @property
     def peak_learning_rate(self) -> float:
@@ -204,38 +272,59 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         return EpochSampler(len(train_dataset if train_dataset is not None else self.train_dataset), self.recipe.seed, self.accelerator.num_processes)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with checkpoint.written_whole(checkpoint.step_path(self.folder, self.state.global_step)) as draft:
-            checkpoint.save_weights(self.model, draft)
-            checkpoint.save_optimizer(self.optimizer, draft)
-            checkpoint.save_scheduler(self.lr_scheduler, draft)
-            checkpoint.save_rng(draft)
-            self.state.save_to_json(str(draft / "trainer_state.json"))
-        checkpoint.keep_last(self.folder, self.recipe.keep_checkpoints)
+        self.where = "save"
+        ranks = gather_object([checkpoint.rng_state()])
+        if self.accelerator.is_main_process:
+            with checkpoint.written_whole(checkpoint.step_path(self.folder, self.state.global_step)) as draft:
+                checkpoint.save_weights(self.model, draft)
+                checkpoint.save_optimizer(self.optimizer, draft)
+                checkpoint.save_scheduler(self.lr_scheduler, draft)
+                checkpoint.save_rng(draft, ranks)
+                self.state.save_to_json(str(draft / "trainer_state.json"))
+                checkpoint.save_progress({"step": self.state.global_step, "skipped": self.watch.skipped, **self.carry()}, draft)
+            checkpoint.keep_last(self.folder, self.recipe.keep_checkpoints, self.recipe.keep_best)
+        self.accelerator.wait_for_everyone()
+        self.where = ""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoint.load_weights(model if model is not None else self.model, Path(resume_from_checkpoint))
+        with checkpoint.reading(Path(resume_from_checkpoint)):
+            checkpoint.load_weights(model if model is not None else self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is not None:
-            checkpoint.load_optimizer(self.optimizer, Path(folder))
-            checkpoint.load_scheduler(self.lr_scheduler, Path(folder))
+            with checkpoint.reading(Path(folder)):
+                checkpoint.load_optimizer(self.optimizer, Path(folder))
+                checkpoint.load_scheduler(self.lr_scheduler, Path(folder))
 
     def _load_rng_state(self, folder: str | None) -> None:
         if folder is not None:
-            checkpoint.load_rng(Path(folder))
+            with checkpoint.reading(Path(folder)):
+                checkpoint.load_rng(Path(folder), self.accelerator.process_index)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none: bf16 needs no scaling, and Trainer's own would read a pickle."""
+
+    def _load_callback_state(self) -> None:
+        """Ours keep none in the Trainer's state, and what stands there may be anybody's."""
 
 
-def mean_loss(model: nn.Module, rows: Sequence[Row], kind: str, device: torch.device) -> dict[str, float]:
-    """Mean cross-entropy over all supervised tokens of the rows (NaN for none). Draws no random number, so it changes no later step."""
+def mean_loss(model: nn.Module, rows: Sequence[Row], kind: str, device: torch.device, row_tokens: int | None = None) -> dict[str, float]:
+    """Mean cross-entropy over all supervised tokens of the rows (NaN for none). Draws no random number, so it changes no later step.
+
+    ``row_tokens``: the most that go through the model at once (None: a row).
+    """
     was_training = model.training
     model.eval()
     total = tokens = 0.0
-    with torch.no_grad():
-        for row in rows:
-            inputs = {name: tensor.to(device) if name != "cu_seq_lens_q" else tensor for name, tensor in collate([row]).items()}
-            total += float(row_loss(model, inputs, 1.0, kind))
-            tokens += float((inputs["labels"][:, 1:] != IGNORE).sum())
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            for row in rows:
+                inputs = {name: tensor.to(device) if name != "cu_seq_lens_q" else tensor for name, tensor in collate([row]).items()}
+                for piece in [inputs] if row_tokens is None else pieces(inputs, row_tokens):
+                    total += float(row_loss(model, piece, 1.0, kind))
+                tokens += float((inputs["labels"][:, 1:] != IGNORE).sum())
+    finally:
+        model.train(was_training)
     return {"loss": total / tokens if tokens else math.nan, "tokens": tokens}
 
 

@@ -26,6 +26,7 @@ Loss = Literal["chunked", "full"]
 Engine = Literal["fast", "stock"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
+Retry = Literal["none", "smaller"]
 OnLong = Literal["truncate", "split", "drop", "error"]
 Format = Literal["auto", "messages", "sharegpt", "prompt", "instruction", "text", "preference", "chosen"]
 Template = Literal["auto", "none", "chatml", "llama2", "llama3", "mistral", "gemma", "phi3", "zephyr", "vicuna"]
@@ -140,7 +141,12 @@ class Recipe:
     save_every: int | None = None
     """Updates between two checkpoints; None: about four over the run."""
     keep_checkpoints: int = 2
-    """How many checkpoints stay on disk."""
+    """How many checkpoints stay on disk, the newest ones."""
+    retry: Retry = "none"
+    """Where memory runs out in forward, backward or evaluation: ``none`` ends the run, its last checkpoint kept; ``smaller`` halves what goes through
+    the model at once, at equal tokens per update, and goes on from the last update."""
+    keep_best: bool = False
+    """Save a checkpoint whenever a held-out loss is the lowest so far, and keep the best one beside the newest."""
 
     # the guard against exhausting the memory of the whole box
     guard: bool = True
@@ -213,7 +219,8 @@ def _faults(recipe: Recipe) -> list[str]:
     faults = []
     for name, choices in (("method", METHODS), ("adapter_dtype", get_args(DType)), ("dtype", get_args(DType)), ("loss", get_args(Loss)),
                           ("optimizer", get_args(Optimizer)), ("engine", get_args(Engine)), ("schedule", get_args(Schedule)), ("on_long", get_args(OnLong)),
-                          ("format", get_args(Format)), ("template", get_args(Template)), ("learn", get_args(Learn)), ("on_bad", get_args(OnBad))):  # fmt: skip
+                          ("format", get_args(Format)), ("template", get_args(Template)), ("learn", get_args(Learn)), ("on_bad", get_args(OnBad)),
+                          ("retry", get_args(Retry))):  # fmt: skip
         if getattr(recipe, name) not in choices:
             faults.append(f"{name} is {getattr(recipe, name)!r}; choose one of {', '.join(choices)}")
     for name, least in (("rank", 1), ("micro_batch_tokens", 1), ("micro_batches_per_update", 1), ("max_length", 1), ("answer_held_out", 0),

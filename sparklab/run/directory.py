@@ -38,6 +38,7 @@ COMMANDS = ("stop", "pause", "resume", "checkpoint", "evaluate", "sample", "lear
 
 NAMES: Final = (
     "recipe.json", "plan.json", "environment.json", "events.jsonl", "commands", "checkpoints", "adapter", "model", "worker.lock", "worker.log", "guard.json",
+    "skipped.jsonl",
 )  # fmt: skip
 """What a run keeps in its directory; none of them may be a link to somewhere else."""
 

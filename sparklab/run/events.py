@@ -18,7 +18,7 @@ sample         step, prompt, text
 memory         process_bytes, peak_bytes, available_bytes, total_bytes, free_bytes, cached_bytes, swap_used_bytes, pressure_percent,
                and on CUDA allocated_bytes, reserved_bytes; where known others (name to bytes), watts, floor_bytes (of the guard);
                at most one a second, and one in ten seconds while nothing changes
-checkpoint     step, path (inside the run), bytes
+checkpoint     step, path (inside the run), bytes, held_out_loss (null where it was not measured at this step)
 command        name, id, refused, detail: a command was carried out, or refused (true), and why
 learning_rate  step, learning_rate, was: from the next update on the schedule peaks at learning_rate; holds through every resume
 retry          step, phase, row_tokens, was: memory ran out in that phase, and from the next update on no more than row_tokens tokens go

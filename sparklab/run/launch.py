@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sparklab.data.read import open_source
 from sparklab.errors import DiskFull, RunError, RunFailed
 from sparklab.model.source import check_trainable
 from sparklab.planner.recipe import Recipe
-from sparklab.run import lock
+from sparklab.run import inputs, lock
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
 from sparklab.run.worker import advance
 from sparklab.units import format_bytes
-
-PACKAGES = ("sparklab", "torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes")
 
 
 class _Detached(subprocess.Popen[bytes]):
@@ -48,8 +41,10 @@ class _Started:
 _workers: dict[Path, _Started] = {}
 
 
-def start(directory: RunDirectory) -> None:
-    """Starts a worker in a process and session of its own; it outlives this one. Raises RunBusy where one is at work.
+def start(directory: RunDirectory, accept: Collection[str] | None = ()) -> None:
+    """Starts a worker in a process and session of its own; it outlives this one. Raises RunBusy where one is at work, and RunChanged.
+
+    ``accept``: what may have changed since the start (:data:`inputs.NAMES`); None for a run made this moment, whose inputs need no second look.
 
     The lock is taken here and handed over open, so no moment passes in which nobody holds the run.
     """
@@ -58,7 +53,9 @@ def start(directory: RunDirectory) -> None:
     descriptor = directory.lock()
     try:
         path = directory.path.resolve()
-        command = [sys.executable, "-m", "sparklab.run.worker", str(path), "--lock-fd", str(descriptor)]
+        if accept is not None:
+            inputs.check(directory, accept)
+        command = [sys.executable, "-m", "sparklab.run.worker", str(path), "--lock-fd", str(descriptor), "--checked"]
         with directory.open_log() as log:
             process = _Detached(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=(descriptor,),
@@ -71,10 +68,12 @@ def start(directory: RunDirectory) -> None:
     os.close(descriptor)  # the worker holds it open
 
 
-def run_inline(directory: RunDirectory) -> None:
-    """The same worker code in this process: for teaching and debugging. Raises what the worker raises."""
+def run_inline(directory: RunDirectory, accept: Collection[str] | None = ()) -> None:
+    """The same worker code in this process: for teaching and debugging. Raises what the worker raises; ``accept`` as in :func:`start`."""
     descriptor = directory.lock()
     try:
+        if accept is not None:
+            inputs.check(directory, accept)
         with lock.beating(descriptor):
             advance(directory)
     finally:
@@ -145,32 +144,6 @@ def child_environment(offline: bool) -> dict[str, str]:
 def _cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def describe(recipe: Recipe) -> dict[str, Any]:
-    """What the result also depends on: versions, machine, and the data's content."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "data": _content(recipe),
-        "recipe_fingerprint": recipe.fingerprint,
-    }
-
-
-def _content(recipe: Recipe) -> dict[str, Any]:
-    """What the data is: a file's hash, or that of all that a directory or a hub data set holds."""
-    path = Path(recipe.data)
-    if not path.is_file():
-        return {"path": recipe.data, "fingerprint": open_source(recipe.data, recipe.format).fingerprint}
-    with path.open("rb") as file:
-        return {"path": str(path.resolve()), "bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def check_disk(path: Path, needed_bytes: float) -> None:

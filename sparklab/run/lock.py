@@ -29,6 +29,8 @@ from sparklab.units import format_seconds
 BEAT_SECONDS: Final = 5.0
 SILENT_SECONDS: Final = 30.0
 """A holder on another machine that has not touched the lock for so long is gone."""
+SKEW_SECONDS: Final = 3600.0
+"""How far the clocks of two machines may be apart before a heartbeat from the future counts as none."""
 _HELD: Final = {errno.EWOULDBLOCK, errno.EACCES}
 _LONGEST: Final = 4096
 
@@ -69,7 +71,7 @@ class Owner:
                 return False
             if self.pids == _pids():
                 return _ticks(self.pid) == self.ticks != ""
-        return silence() < SILENT_SECONDS
+        return -SKEW_SECONDS < silence() < SILENT_SECONDS
 
 
 def acquire(path: Path) -> int | None:

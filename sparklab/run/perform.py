@@ -33,6 +33,7 @@ from sparklab.engine import merge
 from sparklab.engine.answer import continuations
 from sparklab.engine.fast import ready_model
 from sparklab.engine.gauge import Gauge
+from sparklab.engine.memory import is_out_of_memory
 from sparklab.engine.profile import StepProfile
 from sparklab.engine.trainer import PackedTrainer, mean_loss
 from sparklab.errors import SparklabError
@@ -170,13 +171,6 @@ class Performance:
 
         with self._phase("merge"):
             merge.write_streamed(self.scratch / "merged.safetensors", shapes, dtype, merged)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error means that memory ran out: torch's, Python's, or the CPU allocator's, which has no type of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
-    )
 
 
 def cap_memory(limit_bytes: float, runtime_bytes: float) -> None:

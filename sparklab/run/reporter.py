@@ -17,6 +17,7 @@ from sparklab.run.directory import RunDirectory
 from sparklab.run.events import Event, EventWriter, steering
 from sparklab.run.guard import Floors
 from sparklab.text import one_line
+from sparklab.units import jsonable
 
 MEMORY_SECONDS = 1.0  # between two memory events
 QUIET_SECONDS = 10.0  # between two that say the same: a run of a day must not drown in them
@@ -39,6 +40,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         self.stop_reason = ""
         self._stop_asked: dict[str, Any] = {}  # the command, where one asked
         self.peak_bytes = 0.0
+        self.tokens = 0  # trained on so far, padding not counted
+        self.best_loss = math.inf  # held-out, so far
+        self._held_out: dict[int, float] = {}  # the last one, by its step
+        self.phase = "start"
         self.trainer: Any = None  # set once the Trainer exists
         self._on_samples = on_samples
         self._paused = False
@@ -54,8 +59,20 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         """What the diary says was changed on the way: it holds for this worker too, from the same updates on."""
         self._steering = list(steering)
 
+    def begin(self, trainer: Any, step: int) -> None:
+        """The Trainer that goes on from update ``step``."""
+        self.trainer = trainer
+        for change in self._steering:
+            if change["event"] == "retry" and change["step"] <= step:
+                self._apply(change)
+
+    def enter(self, phase: str) -> None:
+        """Says what is being done now."""
+        self.phase = phase
+        self.events.write("phase", phase=phase)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.events.write("phase", phase="train")
+        self.enter("train")
         for change in self._steering:
             if change["step"] <= state.global_step:
                 self._apply(change)
@@ -67,10 +84,9 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
                 self._apply(change)
         self._obey(control)
         if self.stop_reason:
-            control.should_training_stop = True
-            control.should_save = state.global_step < state.max_steps
-        if state.global_step >= state.max_steps:  # the end has an evaluation and a result of its own
-            control.should_evaluate = control.should_save = False
+            control.should_training_stop = control.should_save = True
+        if state.global_step >= state.max_steps:  # the end has an evaluation of its own; whatever befalls that, the last update is kept
+            control.should_evaluate, control.should_save = False, True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
         state.log_history.clear()  # events.jsonl is the history
@@ -83,6 +99,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             learning_rate=logs.get("learning_rate"), grad_norm=logs.get("grad_norm"), tokens=trainer.update_tokens, seconds=round(seconds, 6),
             wait_seconds=round(trainer.update_wait_seconds, 6),
         )  # fmt: skip
+        self.tokens += trainer.update_tokens
         trainer.update_tokens, trainer.update_wait_seconds = 0, 0.0
         self.report_memory(every=MEMORY_SECONDS)
         self._mark = time.perf_counter()
@@ -92,14 +109,27 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         words = f"{bad}; {'nothing of it was used' if ends else 'it was left out'}"
         self.events.write("warning", kind="nonfinite", message=words, step=bad.step, rows=list(bad.rows), lines=list(bad.lines))
 
+    def on_retry(self, phase: str, row_tokens: int, was: int) -> None:
+        """Memory ran out, and the update is taken again in smaller pieces."""
+        self._change("retry", step=self.trainer.state.global_step, phase=phase, row_tokens=row_tokens, was=was)
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any) -> None:
         self.events.write("eval", step=state.global_step, loss=metrics["eval_loss"], tokens=metrics["eval_tokens"])
+        self._held_out = {state.global_step: metrics["eval_loss"]}
+        if metrics["eval_loss"] < self.best_loss:
+            self.best_loss = metrics["eval_loss"]
+            control.should_save = control.should_save or self.directory.recipe.keep_best
         self._on_samples(self.directory.recipe.sample_prompts)
         self._mark = time.perf_counter()
 
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint of this moment carries for the run: its place in the story, tokens trained on, held-out loss where it was measured."""
+        return {"told": self.events.told, "tokens": self.tokens, "held_out_loss": jsonable(self._held_out.get(self.trainer.state.global_step))}
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         path = checkpoint.step_path(self.directory.checkpoints_path, state.global_step)
-        self.events.write("checkpoint", step=state.global_step, path=f"checkpoints/{path.name}", bytes=checkpoint.size_bytes(path))
+        self.events.write("checkpoint", step=state.global_step, path=f"checkpoints/{path.name}", bytes=checkpoint.size_bytes(path),
+                          held_out_loss=self._held_out.get(state.global_step))  # fmt: skip
         self._mark = time.perf_counter()
 
     # what the user asks
@@ -183,6 +213,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
     def _apply(self, change: Event) -> None:
         if change["event"] == "learning_rate":
             self.trainer.peak_learning_rate = float(change["learning_rate"])
+        elif change["event"] == "retry":
+            self.trainer.row_tokens = int(change["row_tokens"])
 
     def stop_words(self) -> dict[str, Any]:
         """Reason, who asked, and the fix, for the ``stopped`` event; what nobody said is left out."""

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
+import socket
 import time
+import traceback
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from sparklab.box import Box
+from sparklab.box.meter import read_memory
 from sparklab.data.dataset import Prepared, prepare
 from sparklab.engine import checkpoint
 from sparklab.engine.answer import answer, exact_match
 from sparklab.engine.fast import left_to_stock, ready_model
+from sparklab.engine.memory import give_back, is_out_of_memory
 from sparklab.engine.trainer import PackedTrainer
 from sparklab.model import load
-from sparklab.run import guard
+from sparklab.run import guard, inputs
 from sparklab.run.directory import RunDirectory
-from sparklab.run.events import EventReader, EventWriter, steering
+from sparklab.run.events import EventReader, EventWriter, steering, story
+from sparklab.run.exhausted import Exhausted
 from sparklab.run.guard import Floors
 from sparklab.run.reporter import Reporter
+from sparklab.text import one_line
 
 
 class Session:
@@ -39,18 +48,38 @@ class Session:
         self.reporter.stop_reason = reason
 
     def run(self) -> None:
-        """From wherever the run stands to its end, or to a stop."""
-        resume_from, complaints = checkpoint.newest_good(self.directory.checkpoints_path)
-        self.resumed_from = None if resume_from is None else int(resume_from.name.removeprefix("step-"))
-        self.events.write(
-            "started", pid=os.getpid(), device=str(load.pick_device()), dtype=self.box.resolve_dtype(self.recipe.dtype), method=self.recipe.method,
-            resumed_from=self.resumed_from, nth=self.events.told,
-            soft_floor_bytes=self.floors and self.floors.soft_bytes, hard_floor_bytes=self.floors and self.floors.hard_bytes,
+        """From wherever the run stands to its end, or to a stop. Raises :class:`Exhausted.error` where memory runs out, with all given back."""
+        try:
+            self._run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            found = self._exhausted(error)
+            traceback.clear_frames(error.__traceback__)
+        else:
+            return
+        self.__dict__.pop("model", None)
+        self.reporter.trainer = None
+        give_back()
+        raise found.error(self.recipe, self.directory.plan, Box.detect())
+
+    def _exhausted(self, error: BaseException) -> Exhausted:
+        trainer = self.reporter.trainer
+        snapshot = read_memory()
+        return Exhausted(
+            phase=(trainer.where if trainer is not None else "") or self.reporter.phase, step=trainer.state.global_step if trainer is not None else 0,
+            words=one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 300),
+            measured_bytes=float(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else snapshot.rss_peak_bytes,
+            available_bytes=snapshot.available_bytes, stuck=trainer.stuck if trainer is not None else "",
         )  # fmt: skip
-        self._tell_of_the_guard()
+
+    def _run(self) -> None:
+        checkpoint.clear_leftovers(self.directory.path)
+        checkpoint.clear_leftovers(self.directory.checkpoints_path)
+        resume_from, complaints = checkpoint.newest_good(self.directory.checkpoints_path)
+        self._begin(resume_from)
         for complaint in complaints:
             self.events.write("warning", message=f"{complaint}; going on from {resume_from.name if resume_from else 'the start'}")
-        self.reporter.steer(steering(EventReader(self.directory.events_path).read_new()))
         for work in (self._prepare, self._load):
             work()
             if self._asked_to_stop():
@@ -58,14 +87,44 @@ class Session:
         trainer = self._trainer()
         if resume_from is None:
             self._evaluate(trainer)
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-        done = trainer.state.global_step
-        if done < trainer.state.max_steps:
-            self.events.write("stopped", **{"step": done, "reason": "the loop ended early", **self.reporter.stop_words()})
+        if not self._train(trainer, resume_from):
             return
         self._evaluate(trainer)
         self._save()
         self._finish(trainer)
+
+    def _begin(self, resume_from: Path | None) -> None:
+        """The first word, and what earlier workers left for this one: where their story stood, what was changed on the way."""
+        progress = {"step": 0, "told": 0, "tokens": 0, "skipped": 0} if resume_from is None else checkpoint.load_progress(resume_from)
+        self.progress, self.resumed_from = progress, None if resume_from is None else progress["step"]
+        self.events.told, self.reporter.tokens = progress["told"], progress["tokens"]
+        self.events.write(
+            "started", pid=os.getpid(), host=socket.gethostname(), device=str(load.pick_device()), dtype=self.box.resolve_dtype(self.recipe.dtype),
+            method=self.recipe.method, resumed_from=self.resumed_from, nth=self.events.told,
+            soft_floor_bytes=self.floors and self.floors.soft_bytes, hard_floor_bytes=self.floors and self.floors.hard_bytes,
+        )  # fmt: skip
+        self._tell_of_the_guard()
+        past = list(EventReader(self.directory.events_path).read_new())
+        self.reporter.steer(steering(past))
+        losses = [event["loss"] for event in story(past) if event["event"] == "eval" and isinstance(event.get("loss"), float)]
+        self.reporter.best_loss = min(losses, default=math.inf)
+        accepted = inputs.accepted(self.directory)
+        if len(accepted) > sum(event["event"] == "changed" for event in past):
+            self.events.write("changed", what=accepted[-1])
+
+    def _train(self, trainer: PackedTrainer, resume_from: Path | None) -> bool:
+        """True where every update is made; else the run was stopped. A run that ended after its last update has only the rest to do."""
+        if resume_from is not None and self.progress["step"] >= trainer.args.max_steps:
+            trainer._load_from_checkpoint(str(resume_from))
+            trainer.state.global_step = trainer.state.max_steps = self.progress["step"]
+            return True
+        trainer.watch.skipped = self.progress["skipped"]
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        done = trainer.state.global_step
+        if done >= trainer.state.max_steps:
+            return True
+        self.events.write("stopped", **{"step": done, "reason": "the loop ended early", **self.reporter.stop_words()})
+        return False
 
     def _tell_of_the_guard(self) -> None:
         """What the guard did to the last worker goes from its own file into the diary."""
@@ -82,7 +141,7 @@ class Session:
         return bool(self.reporter.stop_reason)
 
     def _prepare(self) -> None:
-        self.events.write("phase", phase="prepare")
+        self.reporter.enter("prepare")
         self._told = time.monotonic()
         self.tokenizer = load.load_tokenizer(self.recipe.model)
         self.data: Prepared = prepare(self.recipe, self.tokenizer, self.directory.path / "skipped.jsonl", self._tell_prepared)
@@ -97,11 +156,12 @@ class Session:
         self.events.write("phase", phase="prepare", detail=detail, share=None if total is None else min(1.0, records / total))
 
     def _load(self) -> None:
-        self.events.write("phase", phase="load")
+        self.reporter.enter("load")
         self._told = 0.0
         self.model = ready_model(self.recipe, self.box, partial(load.load_base, tell=self._tell_loaded))
         total, trainable = load.count_parameters(self.model)
         self.events.write("model", parameters=total, trainable_parameters=trainable)
+        inputs.complete(self.directory)
         for sentence in left_to_stock(self.model):
             self.events.write("warning", kind="stock", message=sentence)
 
@@ -115,14 +175,15 @@ class Session:
     def _trainer(self) -> PackedTrainer:
         trainer = PackedTrainer(self.model, self.recipe, self.directory.checkpoints_path, self.data.train_rows, self.data.held_out_rows, callback=self.reporter)
         trainer.remove_callback(transformers.PrinterCallback)
-        self.reporter.trainer = trainer
+        trainer.carry = self.reporter.progress
+        self.reporter.begin(trainer, self.progress["step"])
         return trainer
 
     def _evaluate(self, trainer: PackedTrainer) -> None:
         """Held-out loss, and exact match where the recipe wants answers: once before and once after training."""
         if not self.data.held_out_rows:
             return
-        self.events.write("phase", phase="evaluate")
+        self.reporter.enter("evaluate")
         fields: dict[str, Any] = dict(self.exact_match()) if self.recipe.answer_held_out and self.data.held_out_chats else {}
         metrics = trainer.measure_loss()
         self.events.write("eval", step=trainer.state.global_step, loss=metrics["eval_loss"], tokens=metrics["eval_tokens"], **fields)
@@ -144,13 +205,16 @@ class Session:
         if not prompts:
             return
         ids = [self.data.encoder.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
-        step = self.reporter.trainer.state.global_step
-        for prompt, text in zip(prompts, self._answer(ids), strict=True):
+        step, before = self.reporter.trainer.state.global_step, self.reporter.phase
+        self.reporter.phase = "sample"
+        answers = self._answer(ids)
+        self.reporter.phase = before
+        for prompt, text in zip(prompts, answers, strict=True):
             self.events.write("sample", step=step, prompt=prompt, text=text)
 
     def _save(self) -> None:
         """The result, whole or not at all, where PEFT and transformers find it."""
-        self.events.write("phase", phase="save")
+        self.reporter.enter("save")
         with checkpoint.written_whole(self.directory.result_path) as draft:
             checkpoint.save_weights(self.model, draft)
             self.tokenizer.save_pretrained(draft)
@@ -159,6 +223,6 @@ class Session:
         self.reporter.report_memory()
         state = self.directory.state
         self.events.write(
-            "finished", step=trainer.state.global_step, seconds=round(time.perf_counter() - self.began, 3), tokens=state.tokens,
+            "finished", step=trainer.state.global_step, seconds=round(time.perf_counter() - self.began, 3), tokens=self.reporter.tokens,
             tokens_per_second=state.tokens / sum(state.step_seconds) if state.step_seconds else None, peak_bytes=self.reporter.peak_bytes,
         )  # fmt: skip

@@ -152,8 +152,8 @@ class RunState:
         if math.isnan(self.started_time):
             self.started_time = self.last_time
         resumed = event.get("resumed_from")
-        if resumed is not None:
-            self._rewind(int(_number(resumed)) if not math.isnan(_number(resumed)) else 0)
+        # A run that was ended before its first checkpoint begins anew, with the evaluation before its first update.
+        self._rewind(-1 if resumed is None else int(_number(resumed)) if not math.isnan(_number(resumed)) else 0)
 
     def _rewind(self, step: int) -> None:
         """Steps after the checkpoint a run resumed from will be made again: forget them, so that no step counts twice."""
@@ -162,7 +162,7 @@ class RunState:
             del series[keep:]
         self.evals = [entry for entry in self.evals if entry["step"] <= step]
         self.samples = [entry for entry in self.samples if entry["step"] <= step]
-        self.step = step
+        self.step = max(0, step)
 
     def _on_phase(self, event: Event) -> None:
         self.phase, self.detail = str(event.get("phase", "")), str(event.get("detail") or "")
@@ -220,7 +220,8 @@ class RunState:
             self.peak_bytes = entry["peak_bytes"] if math.isnan(self.peak_bytes) else max(self.peak_bytes, entry["peak_bytes"])
 
     def _on_checkpoint(self, event: Event) -> None:
-        self.checkpoints.append({"step": _number(event.get("step")), "path": str(event.get("path", "")), "bytes": _number(event.get("bytes"))})
+        self.checkpoints.append({"step": _number(event.get("step")), "path": str(event.get("path", "")), "bytes": _number(event.get("bytes")),
+                                 "held_out_loss": _number(event.get("held_out_loss"))})  # fmt: skip
         self._say(event, f"checkpoint at step {event.get('step')}")
 
     def _on_command(self, event: Event) -> None:

@@ -7,6 +7,9 @@ that all memory comes back when it ends. ``sparklab.train(..., inline=True)`` ca
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import os
 import signal
 import sys
 import threading
@@ -14,17 +17,20 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from sparklab.box import Box
-from sparklab.errors import DiskFull, RunError, SparklabError
-from sparklab.run import guard, lock
-from sparklab.run.directory import DISK_FULL, RunDirectory
+from sparklab.errors import DiskFull, OutOfMemory, RunError, SparklabError
+from sparklab.run import guard, inputs, lock
+from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventWriter
+from sparklab.units import KIB
 
 FAILED = 2  # exit status of a run that ended with an error of ours
 CRASHED = 1
+RESERVE_BYTES = 64 * KIB
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sparklab.run.worker", description="Advance one run.")
     parser.add_argument("directory")
     parser.add_argument("--lock-fd", type=int, help="a file descriptor that holds the run's lock already")
+    parser.add_argument("--checked", action="store_true", help="whoever starts this has seen that recipe, data, model and packages are as before")
     options = parser.parse_args(arguments)
     directory = RunDirectory(options.directory)
     if options.lock_fd is None:
@@ -40,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         descriptor = options.lock_fd
         lock.sign(descriptor)  # whoever started us held it until now
     try:
+        if not options.checked:
+            inputs.check(directory)
         with lock.beating(descriptor):
             return advance(directory, detached=True)
     finally:
@@ -52,7 +61,7 @@ def advance(directory: RunDirectory, detached: bool = False) -> int:
     ``detached``: this process is the worker and nothing else, so the guard may end all that it started.
     """
     began = time.perf_counter()
-    with EventWriter(directory.events_path) as events:
+    with EventWriter(directory.events_path) as events, _reserve(directory) as reserve:
         try:
             from sparklab.run.session import Session  # noqa: PLC0415 - torch and transformers: seconds, after the directory is known to be good
 
@@ -62,33 +71,60 @@ def advance(directory: RunDirectory, detached: bool = False) -> int:
                 with _graceful(session.ask_to_stop):
                     session.run()
         except SparklabError as error:
-            _last_word(events, type(error).__name__, error.fact, error.fix)
+            _last_word(events, reserve, type(error).__name__, error.fact, error.fix, **(error.details if isinstance(error, OutOfMemory) else {}))
             return FAILED
-        except OSError as error:
-            if error.errno != DISK_FULL:
-                _crash(events, error)
+        except Exception as error:
+            if not is_disk_full(error):
+                _crash(events, reserve, error)
                 raise
-            full = DiskFull(f"the disk is full: {error}", "free some space, then resume the run")
-            _last_word(events, "DiskFull", full.fact, full.fix)
+            full = DiskFull(f"the disk is full: {error}", "free some space, then resume the run; its last checkpoint is good")
+            _last_word(events, reserve, "DiskFull", full.fact, full.fix)
             return FAILED
         except BaseException as error:
-            _crash(events, error)
+            _crash(events, reserve, error)
             raise
     return 0
 
 
-def _crash(events: EventWriter, error: BaseException) -> None:
-    """An error nobody foresaw: its traceback goes to the log, its last line to the diary."""
-    traceback.print_exception(error, file=sys.stderr)
-    fact = traceback.format_exception_only(error)[-1].strip()
-    _last_word(events, type(error).__name__, fact, "see worker.log in the run directory; the last checkpoint is good")
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed because nothing more fits: also as safetensors says it, which has no number for it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return type(error).__name__ == "SafetensorError" and any(words in str(error) for words in ("StorageFull", "No space left", "QuotaExceeded", "FileTooLarge"))
 
 
-def _last_word(events: EventWriter, error: str, fact: str, fix: str) -> None:
+@contextmanager
+def _reserve(directory: RunDirectory) -> Iterator[Path]:
+    """A little of the disk held back, so that a run which fills it can still say so."""
+    file = directory.path / ".reserve"
+    with contextlib.suppress(OSError):
+        file.unlink(missing_ok=True)
+        file.write_bytes(os.urandom(RESERVE_BYTES))  # no file system stores that in less
     try:
-        events.write("failed", error=error, fact=fact, fix=fix)
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def _crash(events: EventWriter, reserve: Path, error: BaseException) -> None:
+    """An error nobody foresaw: its traceback goes to the log, its last line to the diary."""
+    with contextlib.suppress(OSError):  # the log may lie on a full disk
+        traceback.print_exception(error, file=sys.stderr)
+    fact = traceback.format_exception_only(error)[-1].strip()
+    _last_word(events, reserve, type(error).__name__, fact, "see worker.log in the run directory; the last checkpoint is good")
+
+
+def _last_word(events: EventWriter, reserve: Path, error: str, fact: str, fix: str, **details: Any) -> None:
+    try:
+        try:
+            events.write("failed", error=error, fact=fact, fix=fix, **details)
+        except OSError:
+            reserve.unlink(missing_ok=True)
+            events.write("failed", error=error, fact=fact, fix=fix, **details)
     except OSError as full:  # nothing can be written any more; the log may still take a line
-        print(f"{error}: {fact} (and the diary could not be written: {full})", file=sys.stderr)  # noqa: T201
+        with contextlib.suppress(OSError):
+            print(f"{error}: {fact} (and the diary could not be written: {full})", file=sys.stderr)  # noqa: T201
 
 
 @contextmanager

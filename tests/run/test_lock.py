@@ -94,6 +94,8 @@ def test_on_another_machine_the_heart_is_listened_to(directory, path, elsewhere,
         directory.lock()
     leave(path, silent_seconds=lock.SILENT_SECONDS + 10, **elsewhere)
     assert not directory.is_alive
+    leave(path, silent_seconds=-10 * lock.SKEW_SECONDS, **elsewhere)
+    assert not directory.is_alive, "a heartbeat from the far future"
     lock.release(directory.lock())
 
 

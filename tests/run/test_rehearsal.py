@@ -12,13 +12,14 @@ from small_model import SHAPE, box, recipe
 from support import ROOT
 
 import sparklab as sl
+from sparklab.engine.memory import is_out_of_memory
 from sparklab.errors import ModelError, RunFailed
 from sparklab.planner import plan
 from sparklab.planner.cost import flops_per_token
 from sparklab.planner.ledger import PHASES
 from sparklab.planner.recipe import Recipe
 from sparklab.run import rehearsal
-from sparklab.run.perform import Performance, cap_memory, is_out_of_memory
+from sparklab.run.perform import Performance, cap_memory
 from sparklab.units import GIB, NA
 
 # (changes of the shape, changes of the recipe)

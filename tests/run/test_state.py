@@ -96,6 +96,13 @@ def test_a_resume_rewinds_to_its_checkpoint_and_clears_the_reason():
     assert len({len(s) for s in (state.losses, state.grad_norms, state.learning_rates, state.step_tokens, state.step_seconds)}) == 1
 
 
+def test_a_run_that_begins_anew_forgets_what_it_made_before(directory):
+    """Ended before its first checkpoint: nothing of it counts twice."""
+    first = [STARTED, {"event": "eval", "step": 0, "loss": 2.0}, {"event": "sample", "step": 0, "prompt": "p", "text": "t"}, step(1), step(2)]
+    state = state_of(*first, *first)
+    assert (state.loss_steps, state.tokens, len(state.evals), len(state.samples), state.step) == ([1, 2], 200, 1, 1, 2)
+
+
 def test_the_best_evaluation_ignores_what_is_not_a_number():
     evals = [{"event": "eval", "step": i, "loss": loss} for i, loss in enumerate([None, 2.0, 1.5, None, 1.7])]
     assert state_of(STARTED, *evals).best_eval["loss"] == 1.5

@@ -32,7 +32,7 @@ def test_a_run_tells_its_whole_story(small_recipe, tmp_path):
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert [event["step"] for event in events(run, "eval")] == [0, 4, 8]
     assert [event.get("n") for event in events(run, "eval")] == [4, None, 4]
-    assert [event["step"] for event in events(run, "checkpoint")] == [3, 6]
+    assert [event["step"] for event in events(run, "checkpoint")] == [3, 6, 8]
     assert [event["step"] for event in events(run, "sample")] == [0, 4, 8]
     (finished,) = events(run, "finished")
     assert finished["tokens"] == sum(event["tokens"] for event in steps)
