@@ -13,12 +13,15 @@ from functools import cached_property, lru_cache
 from typing import Any, Final
 
 from sparklab.model.parts import Activation, Attention, Experts, Latent, Linear, Norm, Part, Product, Residual, Rotary, Router, Scale, Split
-from sparklab.planner import fused, kernels, mixtures
+from sparklab.planner import dora, fused, kernels, mixtures
 from sparklab.planner.kernels import Backward, Engine
 from sparklab.planner.tape import Peak, Tape
 
 RUN: Final[dict[type[Part], Callable[[Any, Tape, Engine, bool, set[str]], Backward]]] = {
-    Linear: kernels.linear, Norm: kernels.norm, Rotary: kernels.rotary, Attention: kernels.attention, Activation: kernels.pointwise,
+    Linear: lambda part, tape, engine, saves, grads: (dora.linear if engine.dora and part.name in engine.adapted else kernels.linear)(
+        part, tape, engine, saves, grads
+    ),
+    Norm: kernels.norm, Rotary: kernels.rotary, Attention: kernels.attention, Activation: kernels.pointwise,
     Product: kernels.pointwise, Scale: kernels.scale, Split: kernels.split, Residual: kernels.residual, Router: mixtures.router,
     Experts: mixtures.experts, Latent: mixtures.latent, fused.Linears: fused.linears, fused.GatedMlp: fused.gated_mlp,
 }  # fmt: skip

@@ -59,7 +59,7 @@ def linears_of(part: Part) -> tuple[Linear, ...]:
 
 def fuse(parts: tuple[Part, ...], engine: Engine) -> tuple[Part, ...]:
     """The parts of a layer as the fast engine runs them; as they are where the libraries' own code runs."""
-    if not engine.fast or engine.train_base or engine.dropout_mask_bytes:
+    if not engine.fast or engine.train_base or engine.dropout_mask_bytes or engine.dora:
         return parts
     found: list[Part] = []
     taken: set[int] = set()

@@ -51,11 +51,12 @@ class Holdings:
             train_base=self.full,
             fast=recipe.engine == "fast" and not recipe.dora,
             expert_rank=self.expert_rank,
+            dora=recipe.dora and not self.full,
             unpacked_bytes=self.width if self.four_bit else 0,
             unpacks_into_buffer=self.buffered is not None,
             constant_bytes=4 / 64 if self.four_bit and recipe.double_quantization else 0,
             dropout_mask_bytes=0 if self.full or not recipe.dropout else 1 if box.is_gpu else self.adapter_width,
-            tokens=self.tokens if fixed or self.four_bit else 1,
+            tokens=self.tokens if fixed or self.four_bit or (recipe.dora and not self.full) else 1,
             longest=recipe.max_length if fixed else 1,
         )
 
@@ -70,9 +71,13 @@ class Holdings:
 
     @cached_property
     def adapter_parameters(self) -> int:
-        """Numbers in all A and B, those of experts too."""
+        """Numbers in all A and B, those of experts too, and in DoRA's magnitudes."""
         experts = sum(numbers * count for numbers, count in expert_adapters.all_matrices(self.anatomy, self.expert_rank))
-        return experts + sum(linear.count * self.recipe.rank * (linear.inputs + linear.outputs) for linear in self.adapted)
+        return experts + sum(linear.count * self.adapter_numbers(linear) for linear in self.adapted)
+
+    def adapter_numbers(self, linear: Linear | LinearGroup) -> int:
+        """Numbers in one layer's A and B, and in DoRA's magnitudes."""
+        return self.recipe.rank * (linear.inputs + linear.outputs) + (linear.outputs if self.recipe.dora else 0)
 
     @property
     def trainable(self) -> int:
@@ -136,6 +141,7 @@ class Holdings:
         """bitsandbytes' two moments: 1 B a number each and an fp32 scale for 256; fp32 below 4,096 numbers, and always so for an embedding."""
         size, rank = 0.0, self.recipe.rank
         tensors = [(rank * width, linear.count) for linear in self.adapted for width in (linear.inputs, linear.outputs)]
+        tensors += [(linear.outputs, linear.count) for linear in self.adapted if self.recipe.dora]
         tensors += expert_adapters.all_matrices(self.anatomy, self.expert_rank)
         if self.full:
             size = 8.0 * self.anatomy.embedding_parameters

@@ -31,6 +31,8 @@ class Engine:
     """Full fine-tuning."""
     fast: bool = field(default=False, kw_only=True)
     """sparklab's own kernels (:mod:`sparklab.planner.fused`) and not the libraries' code."""
+    dora: bool = field(default=False, kw_only=True)
+    """Adapters with magnitudes of their own."""
     expert_rank: int = field(default=0, kw_only=True)
     """Rank of the adapters on experts; 0 without."""
     dropout_mask_bytes: int

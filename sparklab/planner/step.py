@@ -82,7 +82,7 @@ class Step(Holdings):
         if self.full:
             return part.parameters
         if linears := [linear for linear in linears_of(part) if linear.name in self.engine.adapted]:
-            return sum(self.recipe.rank * (linear.inputs + linear.outputs) for linear in linears)
+            return sum(self.adapter_numbers(linear) for linear in linears)
         return sum(expert_adapters.matrices(part, self.expert_rank)) if isinstance(part, Experts) else 0
 
     def _gradients(self, layers: int, parts: int = 0) -> Item:

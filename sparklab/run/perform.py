@@ -164,7 +164,7 @@ class Performance:
         del self.model, self.trainer
         gc.collect()
         chosen = {name.rsplit(".", 1)[-1]: name for name in adapters}  # one layer of each kind: the others are as large
-        shapes = {name: (adapters[name].b_OR.shape[0], adapters[name].a_RI.shape[1]) for name in chosen.values()}
+        shapes = {name: adapters[name].shape for name in chosen.values()}
 
         def merged(name: str) -> Tensor:
             return adapters[name].merge_into(torch.empty(shapes[name], dtype=dtype, device=self.device).normal_(0, 0.02))

@@ -65,7 +65,8 @@ def test_the_adapter_is_plain_pefts(small_recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "stop_at", "changes"), [("lora", 2, {"dropout": 0.1}), ("lora", 9, {"micro_batches_per_update": 2}), ("full", 5, {}), ("qlora", 3, {})]
+    ("method", "stop_at", "changes"),
+    [("lora", 2, {"dropout": 0.1, "dora": True, "rank_stabilized": True}), ("lora", 9, {"micro_batches_per_update": 2}), ("full", 5, {}), ("qlora", 3, {})],
 )
 def test_resume_is_exact(small_recipe, tmp_path, monkeypatch, method, stop_at, changes):
     """Stopped (in the first or second pass) and resumed, a run ends with the bits of one that was never stopped."""
