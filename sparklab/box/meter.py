@@ -31,6 +31,8 @@ class MemorySnapshot:
     """What was pushed out to disk."""
     pressure_percent: float = NA
     """Share of the last ten seconds in which some task waited for memory (PSI some avg10), in percent."""
+    stalled_percent: float = NA
+    """Share in which all of them waited (PSI full avg10), in percent."""
     rss_bytes: float = NA
     """What the process holds in memory."""
     rss_peak_bytes: float = NA
@@ -51,6 +53,7 @@ class MemorySnapshot:
 def read_memory(proc: Path = Path("/proc"), pid: int | None = None) -> MemorySnapshot:
     """What the memory holds now, and what process ``pid`` (default: this one) holds of it. Never raises: what cannot be read is ``NA``."""
     memory = read_sizes(proc / "meminfo")
+    pressure = read_pressure(proc / "pressure" / "memory")
     process = read_sizes(proc / str(os.getpid() if pid is None else pid) / "status")
     swap_used = memory.get("SwapTotal", NA) - memory.get("SwapFree", NA)
     # Shmem (tmpfs) is counted inside Cached but cannot be dropped.
@@ -61,7 +64,8 @@ def read_memory(proc: Path = Path("/proc"), pid: int | None = None) -> MemorySna
         free_bytes=memory.get("MemFree", NA),
         cached_bytes=cached if is_na(cached) else max(0.0, cached),
         swap_used_bytes=swap_used,
-        pressure_percent=read_pressure(proc / "pressure" / "memory")["some"],
+        pressure_percent=pressure["some"],
+        stalled_percent=pressure["full"],
         rss_bytes=process.get("VmRSS", NA),
         rss_peak_bytes=process.get("VmHWM", NA),
     )

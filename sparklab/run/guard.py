@@ -57,6 +57,12 @@ def floors_of(recipe: Recipe, box: Box) -> Floors | None:
     return Floors(soft, hard)
 
 
+def last_floor(recipe: Recipe, box: Box) -> Floors | None:
+    """The hard floor alone: for what has nothing to save, such as a rehearsal."""
+    floors = floors_of(recipe, box)
+    return floors and Floors(floors.hard_bytes, floors.hard_bytes)
+
+
 def proc() -> str:
     """What the guard reads: /proc, unless the environment names a directory in its place."""
     return os.environ.get(PROC) or "/proc"

@@ -31,6 +31,7 @@ from sparklab.box.power import PowerMeter
 from sparklab.data.dataset import Row, longest_micro_batch
 from sparklab.engine import merge
 from sparklab.engine.answer import continuations
+from sparklab.engine.cap import cap_device
 from sparklab.engine.fast import ready_model
 from sparklab.engine.gauge import Gauge
 from sparklab.engine.memory import is_out_of_memory
@@ -42,6 +43,7 @@ from sparklab.model.anatomy import Anatomy
 from sparklab.model.blank import blank_base
 from sparklab.planner.items import answers_at_once
 from sparklab.planner.recipe import Recipe
+from sparklab.run import guard
 from sparklab.units import NA, is_na, jsonable
 
 WARM_UPDATES: Final = 2  # the first makes the optimizer's states, the second is the first whole one; a CPU's storages are followed in both
@@ -175,9 +177,7 @@ class Performance:
 
 def cap_memory(limit_bytes: float, runtime_bytes: float) -> None:
     """Lets this process have no more than ``limit_bytes``, so that it fails where it would otherwise freeze the box."""
-    if torch.cuda.is_available():
-        share = (limit_bytes - runtime_bytes) / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)))
+    if cap_device(limit_bytes, runtime_bytes) is not None:
         return
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
@@ -214,8 +214,10 @@ def main() -> int:
             limit, available = (NA if request[name] is None else float(request[name]) for name in ("limit_bytes", "available_bytes"))
             if not is_na(limit):
                 cap_memory(limit, float(request["runtime_bytes"]))
-            performance = Performance(Recipe.from_dict(request["recipe"]), Path(request["scratch"]), tell, bool(request["profile"]))
-            tell(answer=performance.run(available))
+            recipe = Recipe.from_dict(request["recipe"])
+            performance = Performance(recipe, Path(request["scratch"]), tell, bool(request["profile"]))
+            with guard.watching(Path(request["report"]).parent, guard.last_floor(recipe, performance.box), group=False):
+                tell(answer=performance.run(available))
         except SparklabError as error:
             tell(error=error.to_dict())
         except Exception as error:

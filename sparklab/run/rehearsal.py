@@ -25,6 +25,7 @@ from sparklab.model.hub import load_config
 from sparklab.planner import render
 from sparklab.planner.cost import flops_per_token, kind_of_work, reached_share
 from sparklab.planner.forecast import Plan
+from sparklab.run.guard import left_behind
 from sparklab.run.launch import check_disk, child_environment
 from sparklab.units import GIB, NA, gib, is_na, jsonable
 
@@ -278,6 +279,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _death(planned: Plan, phase: str, out_of_memory: str, status: int, log: Path) -> RunFailed:
     """One clear error for a process that gave no answer."""
+    left = left_behind(log.parent)
+    if left is not None:
+        return RunFailed(f"the guard ended the rehearsal in the phase {phase!r}: {left['reason']}", "fewer micro_batch_tokens, or more checkpoint_layers")
     if out_of_memory or status == -signal.SIGKILL:
         how = f"ran out of memory ({out_of_memory})" if out_of_memory else "was killed, as the system does when memory runs out"
         need = f"{gib(planned.phases[phase]):.3g} GiB planned for it" if phase in planned.phases else "before its first phase"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparklab.box.meter import read_memory
+from sparklab.box.live import LiveMeter
 from sparklab.engine import checkpoint
 from sparklab.engine.finite import BadUpdate
 from sparklab.run.directory import RunDirectory
@@ -35,8 +35,9 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
     ``stop_reason`` may be set from a signal handler: the update under way is finished, a checkpoint saved, and the loop left.
     """
 
-    def __init__(self, directory: RunDirectory, events: EventWriter, on_samples: Callable[[tuple[str, ...]], None], floors: Floors | None = None) -> None:
-        self.directory, self.events, self.floors = directory, events, floors
+    def __init__(self, directory: RunDirectory, events: EventWriter, on_samples: Callable[[tuple[str, ...]], None], meter: LiveMeter,
+                 floors: Floors | None = None) -> None:  # fmt: skip
+        self.directory, self.events, self.meter, self.floors = directory, events, meter, floors
         self.stop_reason = ""
         self._stop_asked: dict[str, Any] = {}  # the command, where one asked
         self.peak_bytes = 0.0
@@ -229,14 +230,15 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         if now < self._memory_due:
             return
         self._memory_due = now + every
-        snapshot = read_memory()
+        look = self.meter.look()
+        snapshot = look.memory
         self.peak_bytes = max(self.peak_bytes, snapshot.rss_peak_bytes)
         said = (snapshot.rss_bytes, snapshot.available_bytes)
         step = snapshot.total_bytes / 256
         if every and now < self._quiet_until and all(abs(new - old) < step for new, old in zip(said, self._memory_said, strict=True)):
             return
         self._memory_said, self._quiet_until = said, now + QUIET_SECONDS
-        fields = {
+        fields: dict[str, Any] = {
             "process_bytes": snapshot.rss_bytes,
             "peak_bytes": snapshot.rss_peak_bytes,
             "available_bytes": snapshot.available_bytes,
@@ -246,6 +248,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             "swap_used_bytes": snapshot.swap_used_bytes,
             "pressure_percent": snapshot.pressure_percent,
         }
+        told: dict[str, Any] = {"others": dict(look.others), "watts": look.device.watts, "celsius": look.device.celsius}
+        fields |= {name: value for name, value in told.items() if value == value and value != {}}  # noqa: PLR0124 - what nobody tells is left out
         if self.floors is not None:
             fields["floor_bytes"] = self.floors.soft_bytes
         if torch.cuda.is_available():

@@ -15,10 +15,12 @@ import torch
 import transformers
 
 from sparklab.box import Box
+from sparklab.box.live import LiveMeter
 from sparklab.box.meter import read_memory
 from sparklab.data.dataset import Prepared, prepare
 from sparklab.engine import checkpoint
 from sparklab.engine.answer import answer, exact_match
+from sparklab.engine.cap import cap_device
 from sparklab.engine.fast import left_to_stock, ready_model
 from sparklab.engine.memory import give_back, is_out_of_memory
 from sparklab.engine.trainer import PackedTrainer
@@ -39,7 +41,7 @@ class Session:
         self.directory, self.events, self.began, self.floors = directory, events, began, floors
         self.recipe = directory.recipe
         self.box = Box.detect()
-        self.reporter = Reporter(directory, events, self._sample, floors)
+        self.reporter = Reporter(directory, events, self._sample, LiveMeter(self.box.unified), floors)
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
 
@@ -158,6 +160,8 @@ class Session:
     def _load(self) -> None:
         self.reporter.enter("load")
         self._told = 0.0
+        if self.recipe.guard:
+            cap_device(self.box.usable_bytes, self.box.runtime_bytes)
         self.model = ready_model(self.recipe, self.box, partial(load.load_base, tell=self._tell_loaded))
         total, trainable = load.count_parameters(self.model)
         self.events.write("model", parameters=total, trainable_parameters=trainable)

@@ -68,7 +68,7 @@ def advance(directory: RunDirectory, detached: bool = False) -> int:
             floors = guard.floors_of(directory.recipe, Box.detect())
             with guard.watching(directory.path, floors, group=detached):
                 session = Session(directory, events, began, floors)
-                with _graceful(session.ask_to_stop):
+                with session.reporter.meter, _graceful(session.ask_to_stop):
                     session.run()
         except SparklabError as error:
             _last_word(events, reserve, type(error).__name__, error.fact, error.fix, **(error.details if isinstance(error, OutOfMemory) else {}))

@@ -209,6 +209,7 @@ def test_meter_reads_what_is_there(tmp_path: Path) -> None:
         "cached_bytes": (102400 + 83886080 + 2097152 - 1048576) * KIB,
         "swap_used_bytes": 102400 * KIB,
         "pressure_percent": 1.25,
+        "stalled_percent": 0.5,
         "rss_bytes": 1024 * KIB,
         "rss_peak_bytes": 2048 * KIB,
     }

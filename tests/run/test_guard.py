@@ -54,6 +54,8 @@ def test_floors(fake):
     assert gib(hard_floor_gib=12) == (12, 12)
     assert gib(soft_floor_gib=16, hard_floor_gib=12) == (16, 12)
     assert gib(guard=False) is None
+    assert guard.last_floor(sl.Recipe(model="tiny", data="x"), sl.Box(**SPARK)) == guard.Floors(4 * GIB, 4 * GIB)
+    assert guard.last_floor(sl.Recipe(model="tiny", data="x", guard=False), sl.Box(**SPARK)) is None
     fake(0)
     assert gib() == (8, 4)
 
@@ -129,3 +131,12 @@ def test_a_state_tells_who_stopped_it():
     assert (state.status, state.ended_by, state.reason, state.fix) == ("stopped", "guard", "r", "f")
     state.add({"event": "started", "seq": 2, "time": 3.0})
     assert (state.status, state.ended_by) == ("running", "")
+
+
+def test_a_rehearsal_that_the_guard_ended_says_so(tmp_path):
+    from sparklab.run.rehearsal import _death
+
+    (tmp_path / guard.LEFT).write_text('{"numbers": {}, "reason": "3 GiB of memory were left"}')
+    error = _death(sl.plan("tiny", method="lora").best(), "train", "", -9, tmp_path / "log.txt")
+    assert error.fact == "the guard ended the rehearsal in the phase 'train': 3 GiB of memory were left"
+    assert "micro_batch_tokens" in error.fix
