@@ -148,7 +148,7 @@ def _verdict(refusals: list[DataError], findings: list[Answer]) -> Answer:
 
 def _left(corpus: Corpus, recipe: Recipe) -> Answer:
     """Where the tokens lie, for the pages."""
-    entries = [{"folder": str(one.store.folder), "name": one.source.name} for one in corpus.opened]
+    entries = [{"folder": str(one.store.folder), "name": one.source.name, "kind": one.source.kind} for one in corpus.opened]
     return {"entries": entries, "max_length": recipe.max_length, "on_long": recipe.on_long}
 
 

@@ -121,6 +121,13 @@ class Leaf:
     held: Array
     """[records] booleans."""
     name: str
+    kind: str = "jsonl"
+    """As :class:`sparklab.data.read.Source` has it."""
+
+    def where(self, record: int) -> str:
+        """Where a record stands: its file and line or, of texts, each of which is a record, which of them."""
+        row, name = self.store.records[record], Path(self.name).name
+        return f"{name}, text {int(row['number']) + 1:,}" if self.kind == "text" else f"{name}:{int(row['line'])}"
 
 
 class Pages:
@@ -219,7 +226,7 @@ class Pages:
         if any(int(document["length"]) > self.max_length for document in documents[first:end]):
             flags.append(f"longer than {self.max_length:,}: {_LONG[self.on_long]}")
         return {
-            "where": f"{Path(leaf.name).name}:{int(row['line'])}",
+            "where": leaf.where(record),
             "side": "held out" if leaf.held[record] else "learned from",
             "tokens": tokens,
             "learned": learned,

@@ -75,7 +75,8 @@ class Inspection(Resident):
         if not entries:  # nothing became tokens
             return None
         leaves = [
-            Leaf(Store(Path(entry["folder"])), np.fromfile(folder / f"held-{number}.bin", bool), str(entry["name"])) for number, entry in enumerate(entries)
+            Leaf(Store(Path(entry["folder"])), np.fromfile(folder / f"held-{number}.bin", bool), str(entry["name"]), str(entry["kind"]))
+            for number, entry in enumerate(entries)
         ]
         return Pages(leaves, Decoder(folder), self.numbers["max_length"], self.numbers["on_long"])
 

@@ -11,6 +11,8 @@ from sparklab.units import format_count
 
 TONES: Final = {"ready": "good", "ready with warnings": "warn", "refuse": "bad"}
 _COLOURS: Final = {"good": GOOD, "warn": WARN, "bad": BAD}
+_GLANCE: Final = 800
+"""Characters of a record that a terminal shows unasked."""
 _WRAPPED: Final = "white-space:pre-wrap;overflow-wrap:anywhere"
 _HEADS: Final = {"ready": "Ready to train", "ready with warnings": "Ready, with warnings", "refuse": "Training would refuse this"}
 FILTERS: Final = {
@@ -208,18 +210,34 @@ def text(seen: Mapping[str, Any], shown: Sequence[tuple[str, Sequence[Mapping[st
     for name, rows in shown:
         if rows:
             lines += ["", paint(name, "1")]
-            lines.append(rows_text(rows, colour=colour))
+            lines.append(rows_text(rows, colour=colour, characters=_GLANCE))
     return "\n".join(lines)
 
 
-def rows_text(rows: Sequence[Mapping[str, Any]], *, colour: bool) -> str:
-    """Records for a terminal."""
+def rows_text(rows: Sequence[Mapping[str, Any]], *, colour: bool, characters: int = 100_000) -> str:
+    """Records for a terminal, each up to so many characters."""
     paint, lines = _Paint(colour), []
     for row in rows:
         where, figures, flags = row_head(row)
         lines.append("  ".join([paint(where, "36"), *([figures] if figures else []), *(paint(flag, "33") for flag in flags)]))
-        lines += ["  " + "".join(_piece_text(piece, paint) for piece in line) for line in row["lines"]]
+        lines += ["  " + "".join(_piece_text(piece, paint) for piece in line) for line in _first(row["lines"], characters)]
     return "\n".join(lines)
+
+
+def _first(lines: Sequence[Sequence[Mapping[str, Any]]], characters: int) -> list[list[Mapping[str, Any]]]:
+    """The lines up to so many characters, and an ellipsis where that is not all."""
+    found: list[list[Mapping[str, Any]]] = []
+    left = characters
+    for line in lines:
+        kept: list[Mapping[str, Any]] = []
+        found.append(kept)
+        for piece in line:
+            if len(piece["t"]) > left:
+                kept += [{**piece, "t": piece["t"][:left]}, {"t": "\u2026", "k": "note"}]
+                return found
+            kept.append(piece)
+            left -= len(piece["t"])
+    return found
 
 
 class _Paint:

@@ -11,8 +11,9 @@ import pytest
 from toy import MARKED, build_tokenizer, chat_line, write_chats
 
 from sparklab.data import Document, Encoded, Encoder, Record, prepare, signs
+from sparklab.data.corpus import Opened
 from sparklab.data.inspection import _histogram, look
-from sparklab.data.pages import Decoder
+from sparklab.data.pages import Decoder, Leaf, Pages
 from sparklab.data.tokenise import Part
 from sparklab.errors import DataError
 from sparklab.planner.recipe import Recipe
@@ -114,6 +115,19 @@ def test_pieces_laid_together_are_the_text(tmp_path: Path, template: str, reques
         assert "".join(shown) == tokenizer.decode(document.input_ids)
         taught = "".join(text for text, piece in zip(shown, pieces, strict=True) if piece.get("l"))
         assert taught == tokenizer.decode([token for token, one in zip(document.input_ids, learned, strict=True) if one])
+
+
+def test_texts_are_told_apart(tmp_path: Path, marked: Any) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(f"Text {name}.\nIt has two lines.", encoding="utf-8")
+    seen = look(recipe(folder, held_out=0), marked, tmp_path)
+    (entry,) = seen["entries"]
+    opened = Opened.open(str(folder), recipe(folder, held_out=0), Encoder(marked, recipe(folder)))
+    pages = Pages([Leaf(opened.store, np.zeros(3, bool), entry["name"], entry["kind"])], Decoder(tmp_path), 256, "truncate")
+    assert [row["where"] for row in pages.page("all", 0, 5)] == ["texts, text 1", "texts, text 2", "texts, text 3"]
+    assert pages.page("all", 1, 1)[0]["learned"] > 5
 
 
 def test_tokenizers_without_a_file_of_their_own(tmp_path: Path) -> None:

@@ -187,6 +187,14 @@ def test_the_command_line(data, tmp_path):
     assert [row["where"] for row in json.loads(paged.stdout)["records"]] == ["chats.jsonl:11", "chats.jsonl:12, messages", "chats.jsonl:13, messages"]
 
 
+def test_a_terminal_is_shown_the_beginning_of_a_long_record(seen):
+    (row,) = seen.page("long")
+    glance = data_view.rows_text([row], colour=False, characters=120)
+    assert glance.endswith("…") and len(glance) < 400
+    assert len(data_view.rows_text([row], colour=False)) > 1500
+    assert len(str(seen)) < 8000
+
+
 def test_colour_in_the_terminal_is_ours_alone(seen):
     painted = seen.text(colour=True)
     assert "\x1b[32;4mIt is 42.\x1b[0m" in painted
