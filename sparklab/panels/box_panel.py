@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any, Final, TextIO
 
 from sparklab.box import Box
 from sparklab.box.detect import run_command
+from sparklab.box.doctor import Examination, Finding, Machine
 from sparklab.box.others import device_sizes
 from sparklab.box.pool import Pool, read_pool
 from sparklab.panels import box_view
@@ -54,6 +56,7 @@ class BoxPanel(Watcher):
         self._on_device: Mapping[int, float] = {}
         self._device_due = float("-inf")
         self._trail: deque[float] = deque(maxlen=box_view.TRAIL)
+        self._findings: list[Finding] = []
 
     @property
     def pool(self) -> Pool:
@@ -76,7 +79,7 @@ class BoxPanel(Watcher):
     def _look(self) -> dict[str, Any]:
         pool = self.pool
         self._trail.append(gib(pool.memory.available_bytes))
-        return box_view.view(self.box, pool, self._trail)
+        return box_view.view(self.box, pool, self._trail, self._findings)
 
     def _twin(self) -> str:
         return box_view.twin_html(self._look(), self._home)
@@ -89,3 +92,11 @@ class BoxPanel(Watcher):
     def _tick(self) -> bool:
         self.widget.view = self._look()
         return True
+
+    def _start(self) -> None:
+        super()._start()
+        threading.Thread(target=self._examine, name="sparklab-doctor", daemon=True).start()
+
+    def _examine(self) -> None:
+        """What the doctor would have mended; it asks torch in a process of its own, which takes seconds."""
+        self._findings = [finding for finding in Examination(Machine()).findings() if finding.level in ("warning", "fault")]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from sparklab.box import Box
+from sparklab.box.doctor import Finding
 from sparklab.box.pool import Pool
 from sparklab.panels import facts, parts
 from sparklab.panels.memory_facts import LIGHTS
@@ -19,8 +20,8 @@ TONES: Final = {"good": GOOD, "warn": WARN, "bad": BAD, "unknown": DIM}
 _WORDS: Final = {**{level: word.capitalize() for level, word in LIGHTS.items()}, "unknown": "Unknown"}
 
 
-def view(box: Box, pool: Pool, trail: Sequence[float] = ()) -> dict[str, Any]:
-    """Everything the panel shows, ready for JSON. ``trail``: available GiB of the last looks."""
+def view(box: Box, pool: Pool, trail: Sequence[float] = (), findings: Sequence[Finding] = ()) -> dict[str, Any]:
+    """Everything the panel shows, ready for JSON. ``trail``: available GiB of the last looks; ``findings``: what is to be mended."""
     level, reason = pool.pressure
     memory = pool.memory
     known = bool(pool.parts)
@@ -39,6 +40,7 @@ def view(box: Box, pool: Pool, trail: Sequence[float] = ()) -> dict[str, Any]:
         "line_words": f"{format_bytes(pool.reserve_bytes)} kept free for the system" if line is not None else "",
         "words": _words(segments, level, reason),
         "figures": _figures(pool),
+        "findings": [{"level": one.level, "fact": clean(one.fact, 600), "fix": clean(one.fix, 400)} for one in findings],
         "trail": [None if is_na(value) else round(value, 3) for value in trail],
     }
 
@@ -85,14 +87,20 @@ def legend_html(segments: Sequence[dict[str, Any]]) -> str:
     return f'<div style="font-size:12px;margin:8px 0 0 0">{"".join(entries)}</div>'
 
 
-def twin_html(seen: dict[str, Any], home: str, findings: str = "") -> str:
-    """The panel without script and style sheet, as it stood at its last look; ``findings`` is HTML of ours to stand below."""
+def twin_html(seen: dict[str, Any], home: str) -> str:
+    """The panel without script and style sheet, as it stood at its last look."""
     small = f"font-size:12px;{FAINT}"
     bar = ""
     if seen["segments"]:
         shapes = [(part["gib"], part["colour"] or "#80808022", part["hatched"]) for part in seen["segments"]]
         bar = f'<div style="margin:12px 0 0 0">{image(stack_svg(shapes, seen["scale"], seen["line"]), seen["words"], 18)}</div>{legend_html(seen["segments"])}'
     key = f'<span style="margin-right:14px;white-space:nowrap">{parts.swatch(BAD)}{escape(seen["line_words"])}</span> ' if seen["line_words"] else ""
+    findings = "".join(
+        f'<div style="border-left:3px solid {BAD if one["level"] == "fault" else WARN};padding:2px 0 2px 10px;margin:12px 0 0 0">{escape(one["fact"])}'
+        + (f'<div style="{small};white-space:pre-wrap;overflow-wrap:anywhere">{escape(one["fix"])}</div>' if one["fix"] else "")
+        + "</div>"
+        for one in seen["findings"]
+    )
     figures = " · ".join(f"{escape(figure['name'].lower())} {escape(figure['text'])}" for figure in seen["figures"])
     return (
         f'<div class="sparklab-twin {escape(home)}"><div style="max-width:1080px;border:1px solid {LINE};border-radius:8px;padding:14px 16px;font-size:13px;'

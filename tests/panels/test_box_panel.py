@@ -13,6 +13,7 @@ from scenes import assert_inert
 from support import run_cli
 
 import sparklab as sl
+from sparklab.box.doctor import Finding
 from sparklab.box.meter import MemorySnapshot
 from sparklab.box.pool import Holder, Pool, read_pool
 from sparklab.panels import box_view
@@ -49,6 +50,14 @@ def test_twin_and_terminal_say_the_same_and_let_nothing_through():
     assert text.splitlines()[2].count("█") == pytest.approx(text.splitlines()[3].count("█") * 4, abs=3)
 
 
+def test_what_the_doctor_finds_stands_below():
+    findings = [Finding("swap", "warning", "8 GiB of swap" + HOSTILE, "sudo swapoff -a"), Finding("torch", "fault", "a CPU-only torch beside a GPU")]
+    seen = box_view.view(SPARK, BUSY, findings=findings)
+    content = box_view.twin_html(seen, "")
+    assert_inert(content, "div", "span", "b", "img")
+    assert "sudo swapoff -a" in content and "a CPU-only torch" in content and "\x1b" not in json.dumps(seen["findings"])
+
+
 def test_an_unknown_pool_is_said_to_be_unknown(tmp_path):
     seen = box_view.view(SPARK, read_pool(8 * GIB, tmp_path))
     content = box_view.twin_html(seen, "")
@@ -69,6 +78,7 @@ def panel(monkeypatch):
 def test_nothing_is_done_while_nobody_looks(panel, monkeypatch):
     monkeypatch.setattr("sparklab.panels.resident.LOOKING_SECONDS", 0.3)
     panel.every_seconds = 0.01
+    monkeypatch.setattr(panel, "_examine", lambda: None)
     looked = threading.Event()
     panel._ipython_display_()
     panel.widget.observe(lambda _change: looked.set(), "view")
