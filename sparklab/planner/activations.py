@@ -17,7 +17,8 @@ from sparklab.planner import dora, fused, kernels, mixtures
 from sparklab.planner.kernels import Backward, Engine
 from sparklab.planner.tape import Peak, Tape
 
-RUN: Final[dict[type[Part], Callable[[Any, Tape, Engine, bool, set[str]], Backward]]] = {
+Run = Callable[[Any, Tape, Engine, bool, set[str]], Backward]
+RUN: Final[dict[type[Part], Run]] = {
     Linear: lambda part, tape, engine, saves, grads: (dora.linear if engine.dora and part.name in engine.adapted else kernels.linear)(
         part, tape, engine, saves, grads
     ),
@@ -26,6 +27,8 @@ RUN: Final[dict[type[Part], Callable[[Any, Tape, Engine, bool, set[str]], Backwa
     Experts: mixtures.experts, Latent: mixtures.latent, fused.Linears: fused.linears, fused.GatedMlp: fused.gated_mlp,
 }  # fmt: skip
 """For each kind of part: its forward pass now, its backward pass as what is returned."""
+FAST: Final[dict[type[Part], Run]] = {**RUN, Norm: fused.norm, Rotary: fused.rotary}
+"""The same for ``engine="fast"``."""
 
 
 class LayerBytes:
@@ -108,7 +111,7 @@ def _before_recomputing(parts: tuple[Part, ...], tape: Tape, engine: Engine) -> 
     if isinstance(last, Linear) and last.name in engine.adapted:
         cast = engine.compute_bytes if engine.adapter_bytes > engine.compute_bytes else 0  # the base's share of the gradient, in its own type
         tape.hold("d:second", (engine.adapter_bytes + cast) * last.outputs)
-    elif isinstance(last, Norm) and last.kind != "rms" and engine.compute_bytes < 4:
+    elif isinstance(last, Norm) and last.kind != "rms" and engine.compute_bytes < 4 and not engine.fast:
         tape.hold("d:second", 4 * last.width)
 
 
@@ -146,11 +149,12 @@ def _forward(parts: tuple[Part, ...], tape: Tape, engine: Engine, saves: bool, g
     last = {name: index for index, part in enumerate(parts) for name in _reads(part)}
     held: list[str] = []  # by the layer's own variable, until the module they went into returns; the layer's input stays with its caller
     undo: list[Backward] = []
+    run = FAST if engine.fast else RUN
     for index, part in enumerate(parts):
         outer = isinstance(part, Norm) and not part.inner
         if outer:
             _let_go(held, tape, last, index)
-        undo.append(RUN[type(part)](part, tape, engine, saves, grads))
+        undo.append(run[type(part)](part, tape, engine, saves, grads))
         if outer:
             assert isinstance(part, Norm)
             held.append(part.writes)

@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-from sparklab.model.parts import Activation, Linear, Part, Product, Tensors
+from sparklab.model.parts import Activation, Linear, Norm, Part, Product, Rotary, Tensors
+from sparklab.planner import kernels
 from sparklab.planner.kernels import Backward, Engine
 from sparklab.planner.tape import Tape
+
+NORM_BLOCK: Final = 2**18  # numbers that a norm on a CPU has in fp32 at once
 
 
 @dataclass(frozen=True)
@@ -174,5 +178,53 @@ def gated_mlp(part: GatedMlp, tape: Tape, engine: Engine, saves: bool, grads: se
         if needs_grad:
             tape.view("d:input")
             tape.merge(f"d:{part.reads}", "d:input")
+
+    return backward
+
+
+def norm(part: Norm, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
+    """RMSNorm (:mod:`sparklab.engine.norm`): keeps its input, shared, and one fp32 number a row; works in blocks of rows on a CPU."""
+    if part.kind == "layer":
+        return kernels.norm(part, tape, engine, saves, grads)
+    b, width = engine.compute_bytes, part.width * part.groups
+    block = float(width) if engine.on_gpu else min(width, NORM_BLOCK / engine.tokens)
+    needs_grad, kept, root = part.reads in grads, f"{part.name}:input", f"{part.name}:root"
+    tape.hold(part.writes, b * width)
+    tape.hold(root, 4 * part.groups)
+    tape.spike((4 + (b if b < 4 and part.kind == "rms" else 0)) * block)
+    if needs_grad or engine.train_base:
+        grads.add(part.writes)
+    if saves and part.writes in grads:
+        tape.share(kept, part.reads)
+    else:
+        tape.drop(root)
+
+    def backward(tape: Tape) -> None:
+        if not tape.has(f"d:{part.writes}"):
+            return
+        if needs_grad:
+            tape.hold("d:input", b * width, viewed=True)
+        tape.spike((12 if needs_grad else 8) * block)
+        tape.drop_any(kept, root, f"d:{part.writes}")
+        if needs_grad:
+            tape.merge(f"d:{part.reads}", "d:input")
+
+    return backward
+
+
+def rotary(part: Rotary, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
+    """Rotary positions (:mod:`sparklab.engine.rotary`): one new tensor forward, one backward; the tables are kept outside."""
+    if part.kind != "halves" or part.turned != part.head_dim:
+        return kernels.rotary(part, tape, engine, saves, grads)
+    size = part.width * engine.compute_bytes
+    tape.hold(part.writes, size)
+    if part.reads in grads:
+        grads.add(part.writes)
+
+    def backward(tape: Tape) -> None:
+        if tape.has(f"d:{part.writes}"):
+            tape.hold("d:turned", size, viewed=True)
+            tape.drop(f"d:{part.writes}")
+            tape.merge(f"d:{part.reads}", "d:turned")
 
     return backward

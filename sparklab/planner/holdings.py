@@ -49,15 +49,16 @@ class Holdings:
             rank=0 if self.full else recipe.rank,
             adapted=frozenset(linear.name for linear in self.adapted),
             train_base=self.full,
-            fast=recipe.engine == "fast" and not recipe.dora,
+            fast=recipe.engine == "fast",
+            on_gpu=box.is_gpu,
             expert_rank=self.expert_rank,
             dora=recipe.dora and not self.full,
             unpacked_bytes=self.width if self.four_bit else 0,
             unpacks_into_buffer=self.buffered is not None,
             constant_bytes=4 / 64 if self.four_bit and recipe.double_quantization else 0,
             dropout_mask_bytes=0 if self.full or not recipe.dropout else 1 if box.is_gpu else self.adapter_width,
-            tokens=self.tokens if fixed or self.four_bit or (recipe.dora and not self.full) else 1,
-            longest=recipe.max_length if fixed else 1,
+            tokens=self.tokens if fixed or self.four_bit or not box.is_gpu or (recipe.dora and not self.full) else 1,
+            longest=recipe.max_length if fixed or not box.is_gpu else 1,
         )
 
     # what stays the whole time

@@ -33,12 +33,13 @@ class Engine:
     """sparklab's own kernels (:mod:`sparklab.planner.fused`) and not the libraries' code."""
     dora: bool = field(default=False, kw_only=True)
     """Adapters with magnitudes of their own."""
+    on_gpu: bool = field(default=False, kw_only=True)
     expert_rank: int = field(default=0, kw_only=True)
     """Rank of the adapters on experts; 0 without."""
     dropout_mask_bytes: int
     """Bytes a number of the mask that dropout on the adapters' input keeps: 1 on CUDA, the number's own size on a CPU; 0 without dropout."""
-    joins_documents: bool = True
-    """Attention runs document by document and copies the outputs into one tensor."""
+    joins_documents: bool = False
+    """Attention's output is copied before its projection."""
     autocast: bool = False
     """Adapters in fp32 run in bf16: each keeps a bf16 copy of its input and no wider tensor, as stock PEFT under ``torch.autocast``."""
     repeats_heads: bool = False
@@ -306,20 +307,24 @@ def scale(part: Scale, tape: Tape, engine: Engine, saves: bool, grads: set[str])
 
 
 def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
-    """Attention one document after the other; nothing quadratic is ever kept. Values narrower than keys are padded to their width."""
+    """Attention one document after the other; nothing quadratic is ever kept. Values narrower than keys are padded to their width.
+
+    The result is written where the next layer reads it; it is copied there where a kernel of blocks gives one tensor a document, or a wider one.
+    """
     b = engine.compute_bytes
     queries, keys = part.heads * part.head_dim * b, part.kv_heads * part.head_dim * b
     narrow = part.value_dim or part.head_dim
     values, result = part.kv_heads * narrow * b, part.heads * narrow * b
     sizes = {part.query: queries, part.key: keys, part.value: values}
     out, kept, padded = f"{part.writes}:out", f"{part.writes}:kept", narrow < part.head_dim
-    needs_grad = any(name in grads for name in sizes)
+    needs_grad, blockwise = any(name in grads for name in sizes), _is_blockwise(part, engine)
+    document = 0.0 if blockwise or engine.on_gpu else engine.longest / engine.tokens  # of the row, worked on apart
     if padded:
         tape.hold("padded", keys)
     tape.hold(out, queries)
     tape.hold(f"{part.writes}:lse", 4 * part.heads)
-    tape.spike(_block_bytes(part, engine, b + 4))
-    if engine.joins_documents:
+    tape.spike(_block_bytes(part, engine, b + 4) + document * queries)
+    if engine.joins_documents or blockwise or padded:
         tape.hold(part.writes, result)
     else:
         tape.share(part.writes, out)
@@ -343,19 +348,24 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
         if padded:
             tape.hold("padded gradient", queries)
             tape.drop(gradient)
-        if engine.joins_documents:  # the documents' gradients, before they are joined
+        if blockwise:  # the documents' gradients, before they are joined
             tape.hold("pieces", queries + 2 * (repeated or keys))
-        blocks = _block_bytes(part, engine, 3 * 4 + b)
-        tape.spike(blocks + (2 * (4 - b) * keys / b * engine.longest / engine.tokens if blocks else 0))  # sums for keys and values are fp32
+            tape.spike(_block_bytes(part, engine, 3 * 4 + b) + 2 * (4 - b) * keys / b * engine.longest / engine.tokens)  # sums for keys and values are fp32
         for name, size in sizes.items():
             if padded and name == part.value:
                 tape.spike(keys)
             if name in grads:
                 tape.accumulate(f"d:{name}", size)
+        tape.spike(document * (queries + 2 * keys))
         tape.drop_any("pieces", out, f"{part.writes}:lse", *(f"{kept}:{name}" for name in sizes))
         tape.drop_any("padded gradient", gradient)
 
     return backward
+
+
+def _is_blockwise(part: Attention, engine: Engine) -> bool:
+    """Whether scores are made block by block: soft-capped ones, those with sinks, and on a CPU those of a window shorter than a document."""
+    return bool(part.capped or part.sinks or (0 < part.window < engine.longest and not engine.on_gpu))
 
 
 def has_fixed_bytes(parts: tuple[Part, ...]) -> bool:
@@ -365,9 +375,9 @@ def has_fixed_bytes(parts: tuple[Part, ...]) -> bool:
 
 def _block_bytes(part: Attention, engine: Engine, each: int) -> float:
     """Scores of one block, ``each`` bytes, shared out among the row's tokens; 0 where one kernel does all."""
-    window = part.window if part.window < engine.longest else 0
-    if not (window or part.capped or part.sinks):
+    if not _is_blockwise(part, engine):
         return 0.0
+    window = part.window if part.window < engine.longest else 0
     rows = min(ATTENTION_ROWS, engine.longest)
     seen = min(engine.longest, window + rows - 1) if window else engine.longest
     return each * part.heads * rows * seen / engine.tokens
