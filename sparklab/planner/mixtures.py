@@ -115,16 +115,18 @@ def _experts_backward(part: Experts, engine: Engine, gates: list[str]) -> Backwa
     def backward(tape: Tape) -> None:
         if not tape.has(f"d:{part.writes}"):
             tape.cut()
+            tape.cut()
             return
         tape.hold("spread", rows * x)
         tape.drop(f"d:{part.writes}")
         tape.hold("d:weighed", rows * x)
         tape.spike(rows * x)  # zeros first, then a copy with the rows put in
         tape.drop("spread")
-        tape.hold("d:down", rows * b)
+        tape.hold("shares", rows * x)  # what of the weights' gradient is still to be summed
         if x > b:
-            tape.spike(rows * x)
-        tape.spike(rows * x)
+            tape.hold("wide", rows * x)
+        tape.hold("d:down", rows * b)
+        tape.drop_any("wide", "shares")
         tape.accumulate(f"d:{part.weights}", s * (4 if part.wide_weights else b))
         tape.drop_any("d:weighed", f"{keeps}:down", f"{keeps}:shares")
         tape.cut()  # the gradient of down's weights
@@ -133,6 +135,7 @@ def _experts_backward(part: Experts, engine: Engine, gates: list[str]) -> Backwa
         _gate_backward(part, tape, gates, inner)
         tape.hold("d:gate_up", wide)
         tape.drop_any("d:gate", "d:up", f"{keeps}:gate_up")
+        tape.cut()  # that of gate's and up's
         tape.hold("d:sorted", rows * b)
         tape.drop_any("d:gate_up", f"{keeps}:sorted")
         tape.spike(2 * part.width * b)

@@ -52,10 +52,9 @@ class Step(Holdings):
                 if isinstance(part, Experts) and self.expert_rank:  # while they are made they are counted as the experts' workspace
                     found.append(0)
                     late = trained
-                elif isinstance(part, Experts):  # cut where down's comes; that of gate and up comes last, when what the experts held most is gone
+                elif isinstance(part, Experts):  # cut where down's comes, and where those of gate and up come
                     inner = sum(prod(shape) for name, shape in part.tensors if name.startswith("experts.gate_up")) if self.full else 0
-                    found += [0, trained - inner]
-                    late = inner
+                    found += [0, trained - inner, inner]
                 else:
                     found.append(trained + late)
                     late = 0
@@ -68,8 +67,11 @@ class Step(Holdings):
         """The same, of the largest tensor alone: gradients that are added to those of earlier micro-batches come and go one by one."""
 
         def counts(parts: Sequence[Part]) -> list[int]:
-            largest = [(max((prod(shape) for _, shape in part.tensors), default=0), isinstance(part, Experts)) for part in parts]
-            return [count for size, cut in largest for count in ((0, size) if cut else (size,))]
+            found: list[int] = []
+            for part in parts:
+                sizes = [prod(shape) for _, shape in part.tensors] or [0]
+                found += [0, min(sizes[0], sizes[-1]), max(sizes)] if isinstance(part, Experts) else [max(sizes)]
+            return found
 
         return self._of_parts(counts)
 
