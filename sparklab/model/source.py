@@ -27,7 +27,7 @@ def check_trainable(model: str) -> str:
     if not path.is_dir():
         return source
     missing = [] if (path / "config.json").is_file() else ["config.json"]
-    if not any(path.glob("*.safetensors")):
+    if not list(path.glob("*.safetensors")):  # to the end: a search left halfway keeps its folder open
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
         missing.append("weights (*.safetensors)" + (f"; {', '.join(pickled[:3])} is a pickle, which sparklab never loads" if pickled else ""))
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):

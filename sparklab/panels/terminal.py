@@ -108,6 +108,8 @@ def progress(state: RunState, plan: dict[str, Any], columns: int) -> str:
         if head["eta"] != facts.DASH:
             fields.append(f"{head['eta']} left")
         fields.append(f"{figures['tokens_per_second']} tok/s")
+    if held["light"]["level"] in ("warn", "bad"):
+        fields.append(f"memory {held['light']['word']}: {held['light']['reason']}")
     if held["peak"] is not None:
         fields.append(f"{facts.size(held['peak'])} of {facts.size(held['planned'])} planned")
     bar = _bar(head["share"], 20) if state.steps else ""

@@ -115,9 +115,9 @@ def test_a_life(play, app, subshells, kernel):
     lab, directory = play(f"{app}-{subshells}-{kernel}", app, subshells=subshells, kernel=kernel)
     it_advances_beside_other_cells(lab, kernel)
     every_button_acts_and_says_so(lab, directory)
-    if subshells and kernel == "python3":
-        buttons_act_while_a_cell_blocks(lab, directory)
     a_reload_brings_it_back(lab, directory)
+    if subshells and kernel == "python3":
+        buttons_act_while_a_cell_blocks(lab, directory)  # after a reload, where ipykernel's own guess at the subshell would be a dead one
     a_restart_leaves_the_picture_until_it_is_opened_again(lab)
     the_end_freezes(lab, directory)
 
@@ -138,6 +138,7 @@ def every_button_acts_and_says_so(lab, directory):
     lab.until(f"$('{LIVE}').dataset.status === 'paused'")
     seconds["resume"] = press(lab, "resume")
     lab.until(f"$('{LIVE}').dataset.status === 'running'")
+    print({command: round(taken, 2) for command, taken in seconds.items()}, "seconds, allowed", round(allowed, 2))
     assert max(seconds.values()) < allowed, (seconds, allowed)
     assert len(directory.state.checkpoints) == 1
     lab.until("$('.sl-list').textContent.includes('مرحبا بالعالم')")

@@ -160,6 +160,23 @@ def test_where_outputs_have_frames_of_their_own_the_widget_is_shown_itself(direc
     release()
 
 
+def test_where_no_thread_reaches_the_page_a_waiting_cell_moves_the_panel(directory, kernel, monkeypatch):
+    import sparklab as sl
+
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    monkeypatch.setattr(run_panel.LivePanel, "_start", lambda _panel: None)
+    worker = start_worker(directory, "--steps", "40", "--delay", "0.02", "--load", "0")
+    wait_for(lambda: directory.is_alive)
+    run = sl.Run.open(directory.path)
+    run.panel()
+    seen = []
+    update = run._panel.widget.update
+    run._panel.widget.update = lambda state, plan: (update(state, plan), seen.append(state.step))
+    run.wait(60)
+    assert worker.wait(10) == 0 and len(set(seen)) >= 3, seen
+    assert "Finished" in kernel[0].bundles[-1]["text/html"], "and leaves the picture"
+
+
 def test_a_picture_is_kept_as_the_run_goes_on_and_says_of_when(directory, kernel, monkeypatch):
     monkeypatch.setattr(run_panel, "KEEP_SECONDS", 0.0)
     release = hold(directory)

@@ -81,6 +81,11 @@ def test_the_line_fits_and_drops_what_matters_least(columns, full_state):
     assert ("planned" in text) == (columns >= 100)
 
 
+def test_a_pressed_pool_is_said_in_the_line():
+    memory = {"event": "memory", "process_bytes": 3e9, "total_bytes": 24e9, "available_bytes": 3e8, "free_bytes": 1e8, "cached_bytes": 2e8}
+    assert "memory critical: 286 MiB available" in progress(state_of(STARTED, *steps(4), memory), PLAN, 0)
+
+
 def test_an_ascii_terminal_gets_question_marks():
     raw = io.BytesIO()
     line = ProgressLine(PLAN, io.TextIOWrapper(raw, encoding="ascii"))
