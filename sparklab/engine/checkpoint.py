@@ -190,7 +190,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in plain["state"].items()}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
+        # A copy: what is mapped from a checkpoint would hold its place on the disk long after retention has removed it.
+        state.setdefault(int(index), {})[name] = tensor.clone()
     groups = [{**group, **({"betas": tuple(group["betas"])} if "betas" in group else {})} for group in plain["param_groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -201,8 +202,19 @@ def save_scheduler(scheduler: Any, folder: Path) -> None:
 
 def load_scheduler(scheduler: Any, folder: Path) -> None:
     """The inverse of :func:`save_scheduler`; takes figures alone, and none that the scheduler does not have."""
-    state, own = read_json(folder / "scheduler.json"), scheduler.state_dict()
-    scheduler.load_state_dict({**own, **{name: value for name, value in state.items() if name in own and name != "lr_lambdas"}})
+    own = {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"}
+    state = {name: read for name, read in read_json(folder / "scheduler.json").items() if name in own}
+    for name, value in own.items():
+        if _shape(state[name]) != _shape(value):
+            raise ValueError(f"{name} of the scheduler is {state[name]!r}")
+    scheduler.load_state_dict({**scheduler.state_dict(), **state})
+
+
+def _shape(value: Any) -> Any:
+    """What a figure of the scheduler is: a number, a list of so many numbers, or what JSON has beside these."""
+    if isinstance(value, list):
+        return [_shape(item) for item in value]
+    return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value)
 
 
 def save_progress(progress: dict[str, Any], folder: Path) -> None:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ from sparklab.units import KIB
 FAILED = 2  # exit status of a run that ended with an error of ours
 CRASHED = 1
 RESERVE_BYTES = 64 * KIB
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,8 +91,9 @@ def advance(directory: RunDirectory, detached: bool = False) -> int:
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed because nothing more fits: also as safetensors says it, which has no number for it."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return type(error).__name__ == "SafetensorError" and any(words in str(error) for words in ("StorageFull", "No space left", "QuotaExceeded", "FileTooLarge"))
+        return error.errno in _FULL
+    said = re.search(r"os error (\d+)|code: (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return said is not None and int(said[1] or said[2]) in _FULL
 
 
 @contextmanager

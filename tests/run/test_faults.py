@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from support import stop_after
@@ -18,7 +20,7 @@ from sparklab.run import events as diary
 from sparklab.run import worker
 from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventReader, EventWriter, story
-from sparklab.units import MIB
+from sparklab.units import KIB
 
 pytestmark = pytest.mark.slow
 
@@ -99,22 +101,24 @@ def _named(module):
 
 def test_a_really_full_disk(quick_recipe, tmp_path, monkeypatch):
     """A small file system of its own where the tests may mount one; elsewhere a limit on the size of any file: the kernel says no in both."""
-    recipe = quick_recipe("full", save_every=2)  # checkpoints of 12 MB, which a tenth of the room does not hold
+    from sparklab.engine import checkpoint
+
+    recipe = quick_recipe("full", save_every=2)  # the room holds one checkpoint, and not the next
     mount = tmp_path / "small"
     mount.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(mount)], capture_output=True, check=False).returncode == 0
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True, check=False).returncode == 0
     monkeypatch.setattr("sparklab.run.launch.check_disk", lambda *_: None)
     try:
-        with contextlib.nullcontext() if mounted else _file_limit(4 * MIB):
+        with contextlib.nullcontext() if mounted else _file_limit(300 * KIB):
             run = sl.train(recipe, mount / "run", inline=True, panel=False)
         assert (run.status, events(run, "failed")[-1]["error"]) == ("failed", "DiskFull")
-        assert not [entry for entry in (run.path / "checkpoints").iterdir() if entry.name.startswith("step")]
+        assert all(checkpoint.faults(entry) == [] for entry in (run.path / "checkpoints").iterdir()), "half a checkpoint"
         if mounted:
-            subprocess.run(["mount", "-o", "remount,size=200m", str(mount)], check=True)
+            subprocess.run(["mount", "-o", "remount,size=100m", str(mount)], check=True)
         assert run.resume(inline=True, panel=False).status == "finished"
     finally:
         if mounted:
-            subprocess.run(["umount", str(mount)], check=True)
+            subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
 @contextlib.contextmanager
@@ -149,15 +153,11 @@ def test_a_diary_that_cannot_grow_still_takes_the_last_word(whole, quick_recipe,
 
 
 @contextlib.contextmanager
-def _without_privileges(*owned):
+def _without_privileges():
     """As root nothing is read-only; as nobody it is."""
     if os.geteuid() != 0:
         yield
         return
-    for folder in owned:
-        for path in (folder, *folder.parents):
-            if path.stat().st_uid == 0 and path != path.parent and str(path).startswith("/tmp/"):
-                path.chmod(path.stat().st_mode | 0o005)
     os.seteuid(NOBODY)
     try:
         yield
@@ -165,21 +165,25 @@ def _without_privileges(*owned):
         os.seteuid(0)
 
 
-def test_a_read_only_directory_is_watched_and_refuses_work(whole, quick_recipe, tmp_path, monkeypatch):
+def test_a_read_only_directory_is_watched_and_refuses_work(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         run = sl.train(whole.recipe, tmp_path / "run", inline=True, panel=False)
-    for path in (run.path, run.path / "commands", run.path / "checkpoints"):
-        path.chmod(0o555)
-    for path in run.path.glob("*.json*"):
-        path.chmod(0o444)
-    try:
-        with _without_privileges(run.path):
-            assert run.status == "stopped" and not run.directory.is_alive and run.state.step == 2
-            with pytest.raises(RunError, match=r"cannot be locked|may be written"):
-                run.resume(inline=True, panel=False)
-    finally:
-        for path in (run.path, run.path / "commands", run.path / "checkpoints"):
+    with tempfile.TemporaryDirectory() as folder:  # where others may look in, unlike in pytest's own
+        os.chmod(folder, 0o755)
+        copy = Path(folder) / "run"
+        shutil.copytree(run.path, copy)
+        folders = [copy, *(path for path in copy.rglob("*") if path.is_dir())]
+        for path in folders:
+            path.chmod(0o555)
+        for path in copy.glob("*.*"):
+            path.chmod(0o444)
+        with _without_privileges():
+            watched = sl.Run.open(copy)
+            assert watched.status == "stopped" and not watched.directory.is_alive and watched.state.step == 2
+            with pytest.raises(RunError, match=r"cannot be locked"):
+                watched.resume(inline=True, panel=False)
+        for path in folders:
             path.chmod(0o755)
     assert run.resume(inline=True, panel=False).status == "finished" and losses(run) == losses(whole)
 
@@ -193,7 +197,7 @@ def test_whatever_is_damaged_in_a_checkpoint_is_named_and_the_one_before_used(wh
         stopped = sl.train(whole.recipe.replace(keep_checkpoints=9), tmp_path / "stopped", inline=True, panel=False)
     newest = stopped.path / "checkpoints" / "step-000005"
     cases = [(file.name, damage) for file in sorted(newest.iterdir()) for damage in ("flipped", "gone")]
-    assert len(cases) == 2 * 8
+    assert len(cases) == 2 * 10
     from sparklab.engine import checkpoint
 
     for name, damage in cases:
@@ -207,7 +211,8 @@ def test_whatever_is_damaged_in_a_checkpoint_is_named_and_the_one_before_used(wh
             content[len(content) // 2] ^= 1
             file.write_bytes(content)
         path, complaints = checkpoint.newest_good(copy)
-        assert path == copy / "step-000004" and len(complaints) == 1 and name in complaints[0], (name, damage)
+        assert path == copy / "step-000004" and len(complaints) == 1, (name, damage)
+        assert name in complaints[0] or name == "manifest.json", (name, damage)  # a flipped bit of the manifest may be one of another file's hash
         shutil.rmtree(copy)
     (newest / "adapter_model.safetensors").unlink()
     stopped.resume(inline=True, panel=False)
