@@ -705,7 +705,7 @@ def test_training_takes_records_from_memory(tmp_path: Path, monkeypatch: pytest.
     import sparklab as sl
     from sparklab.run import launch
 
-    monkeypatch.setattr(launch, "start", lambda directory: None)
+    monkeypatch.setattr(launch, "start", lambda directory, **_: None)
     with pytest.raises(DataError, match="training on pairs is not there yet"):
         sl.train(recipes.lora("tiny", [{"prompt": "a", "chosen": "b", "rejected": "c"}]), tmp_path / "run", panel=False)
     run = sl.train(recipes.lora("tiny", "elsewhere.jsonl"), tmp_path / "run", data=PAIRS, panel=False)
