@@ -15,7 +15,7 @@ from sparklab.planner.items import CHUNK_TOKENS, Item, Moment, answers_at_once, 
 from sparklab.planner.step import Step
 from sparklab.planner.tape import Peak
 
-TENSORS_IN_FLIGHT: Final = 4  # transformers reads so many source tensors at a time while loading
+TENSORS_IN_FLIGHT: Final = 1  # sparklab.model.stream reads one source tensor after the other
 PHASES: Final = ("load", "train", "evaluate", "sample", "save", "merge")
 
 
@@ -29,7 +29,7 @@ class Ledger(Step):
         )
         width = DTYPE_BYTES.get(self.anatomy.dtype, 2)
         stream = Item("source tensors", float(TENSORS_IN_FLIGHT * largest * width),
-                      lambda: f"{TENSORS_IN_FLIGHT} in flight, none above {largest:,} x {width} B; the page cache behind them can go")  # fmt: skip
+                      lambda: f"{TENSORS_IN_FLIGHT} at a time, none above {largest:,} x {width} B; the page cache behind them can go")  # fmt: skip
         stacked = Item("experts being stacked", float(stack * width), lambda: f"one layer's, {stack:,} x {width} B, as separate tensors before they are one")
         return [Moment("streaming the weights", (stream, stacked)), *([] if self.full else [Moment("making the adapters", self.states[:1])])]
 
