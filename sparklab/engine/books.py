@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any, Final
 
@@ -40,6 +40,11 @@ INSIDE: Final[dict[str, Callable[..., int]]] = {
     "bitsandbytes::gemm_4bit": _unpacked,
 }
 """Bytes that a kernel allocates inside itself and frees before it returns, from its arguments: no operation returns them."""
+
+
+@cache
+def _inside(operation: Any) -> Callable[..., int] | None:
+    return INSIDE.get(operation.name().split(".")[0])
 
 
 DEVICE: Final = torch.ops.prim.device.default
@@ -107,21 +112,29 @@ class Books(StorageTracker):
             last = self.moments[-1]
             self.moments[-1] = Moment(last.name, last.layer, self._held.copy())
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def run(self, operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """As in :class:`StorageTracker`; where tensors go in and none of them is fake, in earnest."""
         if operation is DEVICE and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked for all the time
+        inside = _inside(operation)
         if operation is GROUPED and isinstance(args[0], FakeTensor):
             operation = _grouped
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        with unset_fake_temporarily() if real else nullcontext():  # type: ignore[no-untyped-call]
-            result = super().__torch_dispatch__(operation, types, args, kwargs)
-        inside = INSIDE.get(operation.name().split(".")[0]) if operation is not _grouped else None
+        if (args and isinstance(args[0], FakeTensor)) or not _is_real(args, kwargs):
+            result = super().run(operation, args, kwargs)
+        else:
+            with unset_fake_temporarily():  # type: ignore[no-untyped-call]
+                result = super().run(operation, args, kwargs)
         if inside is not None:  # beside what it returns
-            size = inside(*args, **(kwargs or {}))
+            size = inside(*args, **kwargs)
             self._count(0, size)
             self._count(0, -size)
         return result
+
+
+def _is_real(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether tensors go in, none of which is fake."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return bool(tensors) and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
 def longest_row(recipe: Recipe) -> dict[str, Tensor]:

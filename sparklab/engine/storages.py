@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 ADD: Final = torch.ops.aten.add.Tensor
 ADD_IN_PLACE: Final = torch.ops.aten.add_.Tensor
 HELD_BY_ENGINE: Final = 4  # references to a tensor in a dispatch mode's arguments that autograd alone holds (torch 2.13; tests/engine/test_storages.py)
-OWN_FRAMES: Final = ("__torch_dispatch__", "_fn", "inner")  # of this module and of torch, between an operation and whoever asked for it
+OWN_FRAMES: Final = ("__torch_dispatch__", "run", "_fn", "inner")  # of this module and of torch, between an operation and whoever asked for it
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
@@ -49,12 +49,19 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.run(operation, args, kwargs or {})
+
+    def run(self, operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Does what was asked for, and counts what comes of it."""
         if operation is ADD and torch._C._current_graph_task_id() != -1 and _is_accumulation(*args[:2]):
             operation = ADD_IN_PLACE
-        result = operation(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.watch(leaf)
+        result = operation(*args, **kwargs)
+        if isinstance(result, torch.Tensor):
+            self.watch(result)
+        elif result is not None:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    self.watch(leaf)
         return result
 
 

@@ -69,8 +69,11 @@ class Step(Holdings):
         def counts(parts: Sequence[Part]) -> list[int]:
             found: list[int] = []
             for part in parts:
-                sizes = [prod(shape) for _, shape in part.tensors] or [0]
-                found += [0, min(sizes[0], sizes[-1]), max(sizes)] if isinstance(part, Experts) else [max(sizes)]
+                sizes = [prod(shape) for _, shape in part.tensors] if self.full else [self._trained(part)]
+                if isinstance(part, Experts):
+                    found += [0] if self.expert_rank else [0, sorted(sizes)[-2], max(sizes)] if self.full else [0, 0, 0]
+                else:
+                    found.append(max(sizes, default=0))
             return found
 
         return self._of_parts(counts)
@@ -158,7 +161,7 @@ class Step(Holdings):
         layer, tokens = self.layer_list[index], self.tokens
         again = index < self.checkpointed
         points = layer.recompute if again else (Peak(0.0), *layer.training.backward)
-        added = self.full and self.recipe.micro_batches_per_update > 1  # to those of earlier micro-batches: one at a time is there twice
+        added = self.recipe.micro_batches_per_update > 1  # to those of earlier micro-batches: one at a time is there twice
         own = (0, *(self.added_in_layers if added else self.gradients_of_layers)[index])
         done, highest, place = 0, -1.0, 0
         for position, (point, gradient) in enumerate(zip(points, own, strict=True)):
