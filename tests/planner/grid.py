@@ -37,21 +37,19 @@ BOTH_KINDS = {
 # Changes of a recipe of 2048 tokens in bf16, documents of at most 512.
 RECIPES: list[dict[str, Any]] = [
     {},
-    {**ALL, "micro_batch_tokens": 4096, "max_length": 2048, "optimizer": "adamw_8bit"},
-    {"checkpoint_layers": 1, "rank": 64, "micro_batch_tokens": 3072, "max_length": 1024},
-    {"rank": 8, "targets": "attention", "micro_batch_tokens": 1024},
+    {**ALL, "micro_batch_tokens": 3072, "max_length": 1536, "optimizer": "adamw_8bit"},
+    {"checkpoint_layers": 1, "rank": 64, "micro_batch_tokens": 2560, "max_length": 1280},
     {"adapter_dtype": "fp32", **ALL, "engine": "stock"},
-    {"adapter_dtype": "fp32", "targets": "attention", "micro_batch_tokens": 1500, "max_length": 750},
-    {"dropout": 0.1, "checkpoint_layers": 1},
+    {"adapter_dtype": "fp32", "rank": 8, "targets": "attention", "micro_batch_tokens": 1500, "max_length": 750},
     {"loss": "full", "micro_batch_tokens": 1024, "max_length": 1024, "engine": "stock"},
     {"dtype": "fp32", "checkpoint_layers": 1, "rank": 128, "optimizer": "adamw_8bit"},
     {"micro_batches_per_update": 2, "rank": 256, **ALL, "max_length": 2048},
     {"method": "qlora"},
-    {"method": "qlora", **ALL, "micro_batch_tokens": 4096, "max_length": 1024, "rank": 32},
+    {"method": "qlora", **ALL, "micro_batch_tokens": 3072, "max_length": 1024, "rank": 32},
     {"method": "qlora", "double_quantization": False, "rank": 64, "checkpoint_layers": 1, "optimizer": "adamw_8bit", "engine": "stock"},
     {"method": "qlora", "adapter_dtype": "fp32", "dropout": 0.1, **ALL},
     {"method": "full"},
-    {"method": "full", **ALL, "micro_batch_tokens": 4096, "max_length": 1024, "optimizer": "adamw_8bit"},
+    {"method": "full", **ALL, "micro_batch_tokens": 3072, "max_length": 1024, "optimizer": "adamw_8bit"},
     {"method": "full", "dtype": "fp32", "loss": "full", "micro_batch_tokens": 512, "micro_batches_per_update": 2, "checkpoint_layers": 1},
 ]
 
