@@ -29,7 +29,7 @@ from sparklab.planner.recipe import Recipe
 from sparklab.units import GIB, MIB
 
 HOG = "import sys, time; size = int(sys.stdin.readline()); held = bytearray(size); time.sleep(600)"
-STEPS = 60
+STEPS = 40
 
 
 def recipe(folder: Path, **changes: object) -> Recipe:

@@ -18,7 +18,7 @@ from sparklab.planner import plan as make_plan
 from sparklab.planner.kept import kept
 from sparklab.planner.recipe import Method, Recipe
 from sparklab.results.job import ask
-from sparklab.run import inputs, launch
+from sparklab.run import guard, inputs, launch
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
 from sparklab.run.tracing import traced, traced_alone
@@ -103,6 +103,7 @@ def train(
             check(records, recipe.format, recipe.on_bad)
     if not force:
         planned.check()
+        guard.check_plan(recipe, planned.box, planned.peak_bytes)
     launch.check_writable(target)
     launch.check_disk(target, written_bytes(planned, recipe))
     held_out = resolved(recipe.held_out) if isinstance(recipe.held_out, str) else recipe.held_out

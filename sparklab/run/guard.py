@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from sparklab.box import Box, watchdog
+from sparklab.errors import DoesNotFit
 from sparklab.files import read_json
 from sparklab.planner.recipe import Recipe
 from sparklab.text import one_line
-from sparklab.units import GIB, is_na
+from sparklab.units import GIB, format_bytes, is_na
 
 PROC: Final = "SPARKLAB_GUARD_PROC"  # a directory that stands for /proc as the guard sees it: rehearsals of the trip, and tests
 LEFT: Final = "guard.json"
@@ -61,6 +62,21 @@ def last_floor(recipe: Recipe, box: Box) -> Floors | None:
     """The hard floor alone: for what has nothing to save, such as a rehearsal."""
     floors = floors_of(recipe, box)
     return floors and Floors(floors.hard_bytes, floors.hard_bytes)
+
+
+def check_plan(recipe: Recipe, box: Box, peak_bytes: float) -> None:
+    """Raises :class:`DoesNotFit` where the plan would leave less than the recipe's own soft floor: the guard would stop the run as soon as it is at work.
+
+    The box's own floor is below what every plan leaves. Where a GPU has memory of its own, that is not what the guard watches.
+    """
+    soft = None if not recipe.guard or recipe.soft_floor_gib is None else recipe.soft_floor_gib * GIB
+    left = box.available_bytes - peak_bytes
+    if soft is None or (box.is_gpu and not box.unified) or not left < soft:  # NA compares false
+        return
+    raise DoesNotFit(
+        f"the plan leaves {format_bytes(max(0.0, left))} of memory free, less than soft_floor_gib, {format_bytes(soft)}: the guard would stop the run",
+        f"soft_floor_gib of at most {max(0.0, left) / GIB:.3g}, or a smaller plan: fewer micro_batch_tokens, more checkpoint_layers",
+    )
 
 
 def proc() -> str:

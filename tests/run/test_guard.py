@@ -7,7 +7,7 @@ import time
 import pytest
 
 import sparklab as sl
-from sparklab.errors import RecipeError, RunFailed
+from sparklab.errors import DoesNotFit, RecipeError, RunFailed
 from sparklab.run import guard
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
@@ -140,3 +140,19 @@ def test_a_rehearsal_that_the_guard_ended_says_so(tmp_path):
     error = _death(sl.plan("tiny", method="lora").best(), "train", "", -9, tmp_path / "log.txt")
     assert error.fact == "the guard ended the rehearsal in the phase 'train': 3 GiB of memory were left"
     assert "micro_batch_tokens" in error.fix
+
+
+def test_a_floor_that_the_plan_would_go_below_is_refused(small_recipe, tmp_path):
+    box = sl.Box(**SPARK, available_bytes=100 * GIB)
+    floor = sl.Recipe(model="tiny", data="x", soft_floor_gib=16)
+    guard.check_plan(floor, box, 84 * GIB)
+    with pytest.raises(DoesNotFit, match="leaves 15 GiB of memory free, less than soft_floor_gib, 16 GiB") as caught:
+        guard.check_plan(floor, box, 85 * GIB)
+    assert caught.value.fix.startswith("soft_floor_gib of at most 15,")
+    guard.check_plan(floor.replace(guard=False), box, 85 * GIB)
+    guard.check_plan(floor.replace(soft_floor_gib=None), box, 99 * GIB)
+    guard.check_plan(floor, sl.Box(**{**SPARK, "unified": False}, available_bytes=100 * GIB), 99 * GIB)
+    guard.check_plan(floor, sl.Box(**SPARK), 99 * GIB)  # a profile: nobody knows what is available
+    with pytest.raises(DoesNotFit, match="the guard would stop the run"):
+        sl.train(small_recipe(soft_floor_gib=10_000), tmp_path / "run", panel=False)
+    assert not (tmp_path / "run").exists()
