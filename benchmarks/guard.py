@@ -28,7 +28,7 @@ from sparklab.data.world import orders
 from sparklab.planner.recipe import Recipe
 from sparklab.units import GIB, MIB
 
-HOG = "import sys, time; size = int(sys.stdin.readline()); held = bytearray(size); time.sleep(600)"
+HOG = "import sys, time; size = int(sys.stdin.readline()); held = bytearray(size); print('held', flush=True); time.sleep(600)"
 STEPS = 40
 
 
@@ -67,17 +67,17 @@ def result(run: sl.Run) -> tuple[list[float], dict[str, bytes]]:
 
 
 def hog(folder: Path, times: int) -> None:
-    """A hog beside a run whose soft floor is 2.5 GiB under what was available before the run began."""
+    """A hog beside a run whose soft floor is 1.5 GiB under what was available before the run began."""
     alone = sl.train(recipe(folder, guard=False), folder / "alone", panel=False).wait(600)
     losses, weights = result(alone)
     assert len(losses) == STEPS and weights
     seconds, tripped, exact, disturbed = [], 0, 0, 0
     while len(seconds) < times:
         trial = len(seconds)
-        run = sl.train(recipe(folder, **floors(2.5)), folder / f"hog-{trial}-{disturbed}", panel=False)
-        eater = subprocess.Popen([sys.executable, "-c", HOG], stdin=subprocess.PIPE, text=True)
+        run = sl.train(recipe(folder, **floors(1.5)), folder / f"hog-{trial}-{disturbed}", panel=False)
+        eater = subprocess.Popen([sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
-            wait_for(lambda run=run, step=2 + trial % 5: run.state.step >= step or run.state.is_over)
+            wait_for(lambda run=run, step=2 + trial % 3: run.state.step >= step or run.state.is_over)
             if run.state.is_over:  # somebody else on this machine took the memory first
                 disturbed += 1
                 print(f"    again: {run.state.reason}", flush=True)
@@ -85,7 +85,13 @@ def hog(folder: Path, times: int) -> None:
             size = max(available() - run.recipe.soft_floor_gib * GIB + 0.5 * GIB, 0.5 * GIB)
             began = time.monotonic()
             print(int(size), file=eater.stdin, flush=True)
+            eater.stdout.readline()
+            held = time.monotonic() - began
             wait_for(lambda run=run: run.state.is_over)
+            if run.status == "finished" and time.monotonic() - began < held + 1:  # the run was over before the hog had its memory
+                disturbed += 1
+                print(f"    again: the hog took {held:.1f} s, and the run was over", flush=True)
+                continue
             seconds.append(time.monotonic() - began)
         finally:
             eater.kill()
@@ -98,11 +104,12 @@ def hog(folder: Path, times: int) -> None:
             run.resume(panel=False).wait(600)
         same = run.status == "finished" and result(run) == (losses, weights)
         exact += same
-        print(f"{trial + 1:2}: hog of {size / GIB:.2f} GiB; {state.status} by {state.ended_by or 'nobody'} at step {state.step}, "
-              f"checkpoint {'saved' if saved else 'MISSING'}, {seconds[-1]:.2f} s after the hog was started; resumed: bits {'equal' if same else 'DIFFERENT'}",
-              flush=True)  # fmt: skip
-    print(f"soft floor tripped {tripped} of {times}, resume exact {exact} of {times}; from starting the hog to stopped with a checkpoint: median "
-          f"{statistics.median(seconds):.2f} s, longest {max(seconds):.2f} s; {disturbed} trials begun anew because others took the memory first")  # fmt: skip
+        words = f"{state.status} by {state.ended_by or 'nobody'} at step {state.step}, checkpoint {'saved' if saved else 'MISSING'}"
+        print(f"{trial + 1:2}: hog of {size / GIB:.2f} GiB, had after {held:.2f} s; {words}, {seconds[-1]:.2f} s after it began; "
+              f"resumed: bits {'equal' if same else 'DIFFERENT'}", flush=True)  # fmt: skip
+    print(f"soft floor tripped {tripped} of {times}, resume exact {exact} of {times}; from the hog's begin to stopped with a checkpoint: median "
+          f"{statistics.median(seconds):.2f} s, longest {max(seconds):.2f} s")  # fmt: skip
+    print(f"{disturbed} trials begun anew: others took the memory first, or the run was over before the hog had it")
 
 
 STUCK = """

@@ -78,6 +78,8 @@ def test_floors_that_cannot_be_are_named():
 def test_both_floors_and_the_same_bits_in_the_end(small_recipe, tmp_path, fake):
     recipe = small_recipe(max_steps=40, epochs=1000, save_every=15, eval_every=1000)
     alone = sl.train(recipe.replace(guard=False), tmp_path / "alone", inline=True, panel=False)
+    loading = [event for event in events(alone) if event["event"] == "phase" and event.get("phase") == "load" and event.get("detail")]
+    assert loading[-1]["share"] == 1.0 and " of " in loading[-1]["detail"]
     run = sl.train(recipe, tmp_path / "run", panel=False)
     wait_for(lambda: run.state.step >= 2)
     fake(1.6)  # of 120 GiB a box that is not unified keeps 2, and 1 at the hard floor
@@ -87,7 +89,10 @@ def test_both_floors_and_the_same_bits_in_the_end(small_recipe, tmp_path, fake):
     assert soft.reason.startswith("1.6 GiB of memory were left, below the guard's soft floor of 2 GiB")
     assert soft.fix
     assert soft.checkpoints[-1]["step"] == soft.step < 40
-    (warning,) = (event for event in events(run) if event["event"] == "warning")
+    (started,) = (event for event in events(run) if event["event"] == "started")
+    assert (started["soft_floor_bytes"], started["hard_floor_bytes"]) == (2 * GIB, GIB)
+    assert [event for event in events(run) if event["event"] == "memory"][-1]["floor_bytes"] == 2 * GIB
+    (warning,) = (event for event in events(run) if event["event"] == "warning" and event.get("kind") == "guard")
     assert warning["kind"] == "guard" and warning["numbers"]["soft_floor_bytes"] == 2 * GIB
     fake(50)
     run.resume(panel=False)
@@ -103,7 +108,7 @@ def test_both_floors_and_the_same_bits_in_the_end(small_recipe, tmp_path, fake):
     run.resume(panel=False).wait(120)
     assert run.status == "finished" and run.state.ended_by == ""
     assert [event["event"] for event in events(run)].count("started") == 3
-    assert "the guard ended the last worker" in [event for event in events(run) if event["event"] == "warning"][-1]["message"]
+    assert "the guard ended the last worker" in [event for event in events(run) if event.get("kind") == "guard"][-1]["message"]
     assert not (run.path / guard.LEFT).exists()
     assert run.state.losses == alone.state.losses
     file = "adapter/adapter_model.safetensors"
