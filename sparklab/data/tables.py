@@ -22,6 +22,8 @@ BATCH: Final = 256
 """Rows decoded at a time."""
 FEW: Final = 16
 """Rows decoded at a time where each may be large."""
+OBJECT: Final = 48
+"""Bytes of an empty Python object, about: a null takes none on disk, and a place in a list."""
 UNPACKED_LIMIT: Final = 64 * 2**20
 """Bytes of a row group or batch from which on it is asked how well it packs."""
 PACKED_LIMIT: Final = 200
@@ -234,16 +236,16 @@ def _weight(array: Any) -> int:
     """Bytes of an array as Python values, nearly: of texts that are kept once and pointed to, what all pointers together would be."""
     from pyarrow import compute, types  # noqa: PLC0415
 
-    kind = array.type
+    kind, each = array.type, OBJECT * len(array)
     if types.is_dictionary(kind) and _is_text(kind.value_type):
-        return _sum(compute.binary_length(array.dictionary).take(array.indices))
+        return each + _sum(compute.binary_length(array.dictionary).take(array.indices))
     if _is_text(kind):
-        return _sum(compute.binary_length(array))
+        return each + _sum(compute.binary_length(array))
     if types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
-        return 8 * len(array) + _weight(array.flatten() if not types.is_map(kind) else array.items)
+        return each + _weight(array.flatten() if not types.is_map(kind) else array.items)
     if types.is_struct(kind):
-        return 64 * len(array) + sum(map(_weight, array.flatten()))
-    return int(array.nbytes)
+        return each + sum(map(_weight, array.flatten()))
+    return each + int(array.nbytes)
 
 
 def _is_text(kind: Any) -> bool:

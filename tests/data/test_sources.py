@@ -483,6 +483,12 @@ def mixed(path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(records), path, dictionary_pagesize_limit=2**16, data_page_size=2**14)
 
 
+def bomb_of_nothing(path: Path) -> None:
+    """Half a kilobyte: one row, a list of four million nulls."""
+    nothing = pa.ListArray.from_arrays([0, 2**22], pa.nulls(2**22, pa.string()))
+    pq.write_table(pa.table({"text": nothing}), path, compression="zstd")
+
+
 def cut(make: Callable[[Path], object], share: float) -> Callable[[Path], None]:
     def made(path: Path) -> None:
         make(path)
@@ -532,6 +538,7 @@ NASTY: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "null.parquet": (lambda path: pq.write_table(pa.table({"text": ["a", None]}), path), 1, "2, text: no text"),
     "bomb-declared.parquet": (bomb_declared, 0, "row group 1 packs 100,"),
     "bomb-pointing.parquet": (bomb_pointing, 80, ""),
+    "bomb-of-nothing.parquet": (bomb_of_nothing, 0, "1: row too large (201,3"),
     "bomb.arrow": (bomb_arrow, 0, "a batch packs 100,66"),
     "packed.feather": (packed, 500, ""),
     "packed-dictionary.arrow": (packed_dictionary, 300, ""),
@@ -618,7 +625,7 @@ def test_large_ones_take_little_memory(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=5 * SECONDS, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     found = {name: (count, said, peak) for name, count, said, peak in map(json.loads, result.stdout.splitlines())}
-    assert set(found) == set(LARGE) and len(LARGE) == 11
+    assert set(found) == set(LARGE) and len(LARGE) == 12
     for name, (count, said, peak) in found.items():
         _, records, words = NASTY[name]
         assert count == records and words in said and bool(said) == bool(words), (name, count, said[:300])
@@ -675,7 +682,7 @@ def test_broken_files_of_every_kind_meet_one_error(tmp_path: Path) -> None:
 def test_enough_nasty_ones() -> None:
     from test_read import READ, REFUSED
 
-    assert len(NASTY) == 45
+    assert len(NASTY) == 46
     assert len(NASTY) + len(WRONG) + len(READ) + len(REFUSED) >= 130
 
 
