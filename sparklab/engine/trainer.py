@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
@@ -122,7 +123,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         count = float(num_items_in_batch) if num_items_in_batch is not None else float((inputs["labels"][:, 1:] != IGNORE).sum())
         ranks: int = self.accelerator.num_processes
         self.where = "forward"
-        loss = row_loss(model, inputs, count, self.recipe.loss) * ranks
+        loss = through(model, lambda inside: row_loss(inside, inputs, count, self.recipe.loss)) * ranks  # gradients become means over the ranks
         self.where = "backward"
         return loss
 
@@ -157,7 +158,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     def rows_of_update(self) -> list[int]:
         """Numbers of the training rows in the update under way, of this rank, in the order of its micro-batches."""
-        ranks, rank, each = self.accelerator.num_processes, self.accelerator.process_index, self.recipe.micro_batches_per_update
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        each = self.recipe.micro_batches_per_update // ranks
         batches = math.ceil(len(self.train_dataset) / ranks)
         updates = math.ceil(batches / each)
         epoch, update = divmod(self.state.global_step, updates)
@@ -326,6 +328,24 @@ def mean_loss(model: nn.Module, rows: Sequence[Row], kind: str, device: torch.de
     finally:
         model.train(was_training)
     return {"loss": total / tokens if tokens else math.nan, "tokens": tokens}
+
+
+def through(model: nn.Module, compute: Callable[[nn.Module], Tensor]) -> Tensor:
+    """``compute`` of the model; of one wrapped for several ranks, called through its wrapper, which must see a forward pass to share gradients.
+
+    The wrapper calls its module's ``forward``, whatever that is: for this one call it is ``compute``.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return compute(model)
+    module = model.module
+
+    def once(*_: Any, **__: Any) -> Tensor:
+        del module.forward  # the instance's; its class has its own again before anything inside is called
+        return compute(module)
+
+    module.forward = once
+    loss: Tensor = model()
+    return loss
 
 
 def row_loss(model: nn.Module, inputs: dict[str, Tensor], count: float, kind: str) -> Tensor:
