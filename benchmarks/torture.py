@@ -5,6 +5,7 @@
 Each run is killed one to three times, and then left alone until it is finished. A kill comes
 
 - at a random moment of the worker's life, from outside;
+- just before or after the backward pass of a random row, in the middle of an update;
 - just before or after a random one of the calls by which anything becomes durable (fsync, rename, replace, unlink, rmdir, mkdir);
 - in the middle of a random line of events.jsonl, half of it written;
 - in the middle of a random file of weights or moments, half of it written.
@@ -58,8 +59,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qlora": {"method": "qlora", "dropout": 0.05},
     "lora, 8-bit AdamW, best kept": {"method": "lora", "optimizer": "adamw_8bit", "keep_best": True},
 }
-KINDS = ("moment", "durable", "line", "weights")
-MOST = {"durable": 70, "line": 36, "weights": 8}
+KINDS = ("moment", "step", "durable", "line", "weights")
+MOST = {"step": 12, "durable": 70, "line": 36, "weights": 8}
 """Calls of each kind in a whole run, about."""
 DURABLE = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 DIFFERING = {"seq", "time", "seconds", "wait_seconds", "tokens_per_second", "peak_bytes"}
@@ -174,6 +175,8 @@ def trap(kind: str, number: int, after: bool) -> Iterator[None]:
     if kind == "durable":
         for name in DURABLE:
             setattr(os, name, around(getattr(os, name)))
+    elif kind == "step":
+        torch.Tensor.backward = around(torch.Tensor.backward)  # type: ignore[method-assign]
     elif kind == "line":
         _half_lines(due)
     elif kind == "weights":
@@ -267,7 +270,7 @@ def kill(made: sl.Recipe, path: Path, outcome: Outcome, seconds: float, draw: ra
     """Lets a worker go on until a kill of a random kind comes, or to the end where none does."""
     kind = draw.choice(KINDS)
     if kind == "moment":
-        status = forked(lambda: go_on(made, path), kill_after=draw.uniform(0, seconds))
+        status = forked(lambda: go_on(made, path), kill_after=draw.uniform(0, 0.6 * seconds))
     else:
         number, after = draw.randrange(MOST[kind]), draw.random() < 0.5
 

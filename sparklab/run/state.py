@@ -26,6 +26,8 @@ def _number(value: Any) -> float:
     """A figure from a file nobody vouches for: anything that is not a finite number is NA."""
     if type(value) is float:  # nearly all of them, and a long run has a million
         return value if value - value == 0.0 else NA
+    if type(value) is float:  # nearly all of them: a long run has a million
+        return value if value - value == 0.0 else NA
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return NA
     try:
