@@ -1,14 +1,16 @@
 """Attention for packed rows: each document attends to itself alone, and no mask is ever built.
 
 A packed row is [1, T] with documents back to back; ``cu_seq_lens_q`` holds their borders (0, ..., T), the keyword that transformers hands
-through to every attention function. One causal SDPA call per document costs the sum of the squares of their lengths, where one call with a
-mask would cost the square of the sum and keep a [T, T] mask alive. What SDPA cannot do without a mask or at all (sliding windows shorter than
-the document, soft-capped scores, sinks) is done block by block in :mod:`sparklab.engine.blockwise`.
+through to every attention function. On CUDA one kernel takes all documents (``torch.nn.attention.varlen``, which every torch that sparklab
+installs with has); on a CPU there is one causal call per document. Either costs the sum of the squares of their lengths, where one call with a
+mask would cost the square of the sum and keep a [T, T] mask alive. What flash attention cannot do (on a CPU sliding windows shorter than
+the document, anywhere soft-capped scores and sinks) is done block by block in :mod:`sparklab.engine.blockwise`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,9 @@ from sparklab.engine.blockwise import attend
 from sparklab.errors import ModelError
 
 NAME = "sparklab_packed"
+VARLEN_WIDTH: Final = 256  # the widest head that flash attention's kernels take
+_THERE: Final = "sparklab_on_the_device"
+_aten: Final = torch.ops.aten
 
 
 def packed_attention(
@@ -37,11 +42,20 @@ def packed_attention(
     """Causal attention inside each document; returns [1, T, heads, head_dim] and no weights, as transformers expects."""
     assert attention_mask is None, "packed rows carry no mask"
     assert cu_seq_lens_q is not None, "packed rows carry their borders in cu_seq_lens_q"
-    lengths = cu_seq_lens_q.diff().tolist()
     width = value.shape[-1]
     if width < query.shape[-1]:  # DeepSeek's values are narrower; kernels that hold nothing quadratic want all three alike
         value = F.pad(value, (0, query.shape[-1] - width))
+    lengths = cu_seq_lens_q.diff().tolist()
+    windowed = sliding_window is not None and sliding_window < max(lengths)
     blockwise = softcap is not None or s_aux is not None
+    dropped = dropout if module.training else 0.0
+    if not blockwise and not dropped:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= VARLEN_WIDTH:
+            return _varlen(query, key, value, cu_seq_lens_q, max(lengths), scale, sliding_window)[..., :width], None
+        if query.device.type == "cpu" and not windowed:
+            out: Tensor = _PerDocument.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
+            return out[..., :width], None
     if blockwise and dropout and module.training:
         raise ModelError(f"attention_dropout is {dropout}, with soft-capped scores or sinks", "set attention_dropout to 0 in config.json")
     parts = []
@@ -51,11 +65,63 @@ def packed_attention(
         if blockwise or window is not None:
             out = attend(q, k, v, scaling, window, softcap, s_aux)
         else:
-            out = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout if module.training else 0.0, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-            )
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
         parts.append(out[..., :width])
     return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, scale: float, window: int | None) -> Tensor:
+    """All documents in one kernel of CUDA's, flash attention over rows of unequal length; [1, T, heads, head_dim]."""
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - asks for kernels that only CUDA has
+
+    there: Any = getattr(borders, _THERE, None)
+    if there is None:  # once a row, not once a layer
+        there = borders.to(query.device)
+        setattr(borders, _THERE, there)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    seen = (-1 if window is None else window - 1, 0)
+    out: Any = varlen_attn(q, k, v, there, there, longest, longest, scale=scale, window_size=seen, enable_gqa=q.shape[1] != k.shape[1])
+    joined: Tensor = out[None]
+    return joined
+
+
+class _PerDocument(torch.autograd.Function):
+    """A CPU's flash attention, a document at a time, each result written to its place in tensors laid out [1, T, heads, D], as linears read them."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
+        out = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3]))
+        lse = []
+        for place, q, k, v in _documents(lengths, query, key, value):
+            done, sums = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+            out[:, place] = done.transpose(1, 2)
+            lse.append(sums)
+            del done
+        ctx.save_for_backward(query, key, value, out, *lse)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, *lse = ctx.saved_tensors
+        outs = [tensor.new_empty((1, tensor.shape[2], tensor.shape[1], tensor.shape[3])) for tensor in (query, key, value)]
+        pieces = _documents(ctx.lengths, query, key, value, out.transpose(1, 2), grad.transpose(1, 2))
+        for sums, (place, q, k, v, o, g) in zip(lse, pieces, strict=True):
+            parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, sums, 0.0, True, scale=ctx.scale)
+            for whole, part in zip(outs, parts, strict=True):
+                whole[:, place] = part.transpose(1, 2)
+            del parts, part
+        d_query, d_key, d_value = (whole.transpose(1, 2) for whole in outs)
+        return d_query, d_key, d_value, None, None
+
+
+def _documents(lengths: list[int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """(where in the row, each tensor's part of it) of one document after the other."""
+    start = 0
+    for length in lengths:
+        place = slice(start, start + length)
+        yield (place, *(tensor[:, :, place] for tensor in tensors))
+        start += length
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Final
 from torch import nn
 
 from sparklab.box import Box
-from sparklab.engine import attention, lora, mlp
+from sparklab.engine import attention, lora, mlp, norm, rotary
 from sparklab.model import experts
 from sparklab.model.load import BaseMaker, load_model
 from sparklab.planner.recipe import Recipe
@@ -53,6 +53,8 @@ def fit(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
     stays: Counter[str] = Counter()
     if recipe.method != "full":
         _fit_adapters(model, stays)
+    for block in list(model.modules()):
+        _fit_block(block)
     return tuple(f"{count} linear layers have {reason} and train on PEFT's own code" for reason, count in stays.items())
 
 
@@ -72,6 +74,22 @@ def _fit_adapters(model: nn.Module, stays: Counter[str]) -> None:
         if {"gate_proj", "up_proj", "down_proj"} <= ours and _is_gated(type(block).forward) and (act := mlp.gate_of(block.act_fn)) is not None:  # type: ignore[arg-type]
             block.fast_act = act  # type: ignore[assignment]
             block.__class__ = lora.mixed(type(block), mlp.GatedMLP)  # type: ignore[arg-type]
+
+
+def _fit_block(block: Any) -> None:
+    """Norms and rotary positions whose text is known."""
+    kind: Any = type(block)
+    if (kind_of_norm := norm.spelling(kind)) is not None:
+        block.fast_kind, block.fast_eps = kind_of_norm, getattr(block, "variance_epsilon", None) or block.eps
+        block.__class__ = lora.mixed(kind, norm.RMSNorm)
+    elif (forward := rotary.with_our_turn(kind.forward)) is not None:
+        block.__class__ = _with_forward(kind, forward)
+
+
+@cache
+def _with_forward(kind: Callable[..., Any], forward: Callable[..., Any]) -> Any:
+    assert isinstance(kind, type)
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "forward": forward})
 
 
 @cache

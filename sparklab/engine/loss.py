@@ -29,28 +29,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden_SH.device)
         for start in range(0, len(labels_S), chunk):
             hidden_CH, labels_C = hidden_SH[start : start + chunk], labels_S[start : start + chunk]
-            logits_CV = (hidden_CH @ head_VH.t()).float()
-            if scale != 1:
-                logits_CV.mul_(scale)
-            if cap is not None:
-                logits_CV.div_(cap).tanh_().mul_(cap)
-            lse_C = logits_CV.logsumexp(-1)
-            total += (lse_C - logits_CV.gather(1, labels_C[:, None])[:, 0]).sum()
+            tile_CV, slope_CV = _logits(hidden_CH, head_VH, scale, cap, wants_hidden or wants_head)
+            own_C, top_C = tile_CV.gather(1, labels_C[:, None])[:, 0], tile_CV.amax(-1)
+            torch.softmax(tile_CV, -1, out=tile_CV)
+            # The largest weight is 1 over the sum of exp(logit - top), so the sum need not be made a second time: lse = top - log(largest).
+            loss_C = top_C - own_C - tile_CV.amax(-1).log_()
+            total += loss_C.sum()
             if not (wants_hidden or wants_head):
-                del logits_CV  # or this tile would live on while the next one is made
+                del tile_CV  # or this tile would live on while the next one is made
                 continue
-            slope_CV = None if cap is None else logits_CV.div(cap).square_().neg_().add_(1)  # of the tanh
-            grad_CV = logits_CV.sub_(lse_C[:, None]).exp_()  # softmax, in the logits' own memory
-            grad_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1
+            tile_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] = (-loss_C).expm1_()  # softmax - 1, exact where that is small
             if slope_CV is not None:
-                grad_CV.mul_(slope_CV)
+                tile_CV.mul_(slope_CV)
                 del slope_CV
-            grad_CV = grad_CV.mul_(scale / count).to(head_VH.dtype)
+            grad_CV = tile_CV.to(head_VH.dtype)
+            del tile_CV
             if grad_hidden_SH is not None:
-                torch.mm(grad_CV, head_VH, out=grad_hidden_SH[start : start + chunk])
+                out = grad_hidden_SH[start : start + chunk]
+                torch.addmm(out, grad_CV, head_VH, beta=0, alpha=scale / count, out=out)
             if grad_head_VH is not None:
-                grad_head_VH.addmm_(grad_CV.t(), hidden_CH)
-            del logits_CV, grad_CV
+                grad_head_VH.addmm_(grad_CV.t(), hidden_CH, alpha=scale / count)
+            del grad_CV
         ctx.save_for_backward(grad_hidden_SH, grad_head_VH)
         return total / count
 
@@ -66,6 +65,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _logits(hidden_CH: Tensor, head_VH: Tensor, scale: float, cap: float | None, wants_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """The logits of a chunk in fp32, and for capped ones how much each follows what it was before the cap."""
+    tile_CV = (hidden_CH @ head_VH.t()).float()
+    if scale != 1:
+        tile_CV.mul_(scale)
+    if cap is None:
+        return tile_CV, None
+    tile_CV.div_(cap).tanh_()
+    slope_CV = tile_CV.square().neg_().add_(1) if wants_slope else None
+    return tile_CV.mul_(cap), slope_CV
 
 
 def chunked_cross_entropy(

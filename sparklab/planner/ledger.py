@@ -41,7 +41,7 @@ class Ledger(Step):
             tile: tuple[Item, ...] = (
                     Item("loss", 2.0 * hidden * width * tokens, lambda: f"hidden states, all and supervised: {tokens:,} x 2 x {hidden:,} x {width} B"),
                     Item("loss tile", 4.0 * rows * vocabulary, lambda: f"{rows:,} tokens x {vocabulary:,} logits x 4 B"),
-                    Item("loss workspace", 4.0 * rows * vocabulary, lambda: f"logsumexp's copy of the tile, {rows:,} x {vocabulary:,} x 4 B"))  # fmt: skip
+                    *self._beside_the_tile(rows, slope=False))  # fmt: skip
         else:
             tile = (Item("loss", 1.0 * hidden * width * tokens, lambda: f"hidden states: {tokens:,} x {hidden:,} x {width} B"),
                     Item("all logits", 8.0 * tokens * vocabulary, lambda: f"{tokens:,} tokens x {vocabulary:,} x 8 B (in fp32, and log-softmax)"))  # fmt: skip

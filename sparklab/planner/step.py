@@ -130,11 +130,9 @@ class Step(Holdings):
         items = [*self._kept(anatomy.layers), Item("last norm", after * tokens, lambda: f"{after:,.0f} B a token x {tokens:,} tokens")]
         if self.recipe.loss == "chunked":
             rows = min(CHUNK_TOKENS, tokens)
-            # logsumexp makes a copy of the logits inside; the copies in the head's type, before and after it, are smaller.
             items.append(Item("loss", 2.0 * hidden * width * tokens, lambda: f"supervised states, their gradients: {tokens:,} x 2 x {hidden:,} x {width} B"))
             items.append(Item("loss tile", 4.0 * rows * vocabulary, lambda: f"{rows:,} tokens x {vocabulary:,} logits x 4 B"))
-            what = "logsumexp's copy of the tile, then the slope of the capped logits" if anatomy.capped_logits else "logsumexp's copy of the tile"
-            items.append(Item("loss workspace", 4.0 * rows * vocabulary, lambda: f"{what}, {rows:,} x {vocabulary:,} x 4 B"))
+            items += self._beside_the_tile(rows, anatomy.capped_logits)
         else:
             each = self.logits_bytes + (4.0 if anatomy.capped_logits else 0.0)
             items.append(Item("all logits", each * tokens * vocabulary, lambda: f"{tokens:,} tokens x {vocabulary:,} x {each:.0f} B (with all gradients)"))
@@ -145,6 +143,12 @@ class Step(Holdings):
             left = self._head().size_bytes - (0.0 if self.recipe.loss == "chunked" else 8.0 * tokens * vocabulary)
             items.append(Item("head gradient at work", max(0.0, left), lambda: f"made with the loss: {vocabulary:,} x {hidden:,} x {width} B"))
         return Moment("loss", tuple(items))
+
+    def _beside_the_tile(self, rows: int, slope: bool) -> list[Item]:
+        """What the chunked loss holds beside its fp32 tile: the product in the head's narrower type, or, later, the slope of capped logits."""
+        each, what = (4, "the slope of the capped logits") if slope else (self.width if self.width < 4 else 0, f"the tile in {self.dtype} first")
+        vocabulary = self.anatomy.vocabulary
+        return [Item("loss workspace", float(each * rows * vocabulary), lambda: f"{what}, {rows:,} x {vocabulary:,} x {each} B")] if each else []
 
     def _tail_backward(self) -> Moment:
         """The start of the backward pass: the loss's gradient is spread over all tokens, then the last norm."""

@@ -30,7 +30,7 @@ from sparklab.run.launch import check_disk, child_environment
 from sparklab.units import GIB, NA, gib, is_na, jsonable
 
 # What the meter of a device cannot see of a plan, as shares of its lines. CUDA's allocator knows all tensors; following storages on a CPU
-# misses what a kernel takes and gives back inside (of logsumexp's copy in bf16, a smaller one that stands beside the tile is seen).
+# misses what a kernel takes and gives back inside.
 # Random weights come from no file.
 UNSEEN_ANYWHERE: Final = {"runtime": 1.0, "allocator slack": 1.0, "source tensors": 1.0, "experts being stacked": 1.0}
 LEAST_SECONDS: Final = 0.1  # a micro-batch that the chip could compute in less says little of larger ones: its rate is not kept for later plans
@@ -301,7 +301,7 @@ def _phases(planned: Plan, here: Box, readings: dict[str, dict[str, Any]]) -> tu
     ledger = planned.ledger
     unseen = dict(UNSEEN_ANYWHERE)
     if not here.is_gpu:
-        unseen |= {"library workspace": 1.0, "loss workspace": 0.5 if ledger.width == 2 else 1.0}
+        unseen |= {"library workspace": 1.0}
     phases = []
     for name, reading in readings.items():
         measured = _figure(reading["tensors_bytes"])
