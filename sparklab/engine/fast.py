@@ -82,7 +82,7 @@ def _fit_block(block: Any) -> None:
     if (kind_of_norm := norm.spelling(kind)) is not None:
         block.fast_kind, block.fast_eps = kind_of_norm, getattr(block, "variance_epsilon", None) or block.eps
         block.__class__ = lora.mixed(kind, norm.RMSNorm)
-    elif (forward := rotary.with_our_turn(kind.forward)) is not None:
+    elif not hasattr(block, "kv_b_proj") and (forward := rotary.with_our_turn(kind.forward)) is not None:  # a latent's heads turn in part
         block.__class__ = _with_forward(kind, forward)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-BLOCK: Final = 2**18  # numbers of a block of rows on a CPU: 1 MiB in fp32
+from sparklab.planner.fused import NORM_BLOCK
 
 _HEAD: Final = (
     "input_dtype=hidden_states.dtypehidden_states=hidden_states.to(torch.float32)variance=hidden_states.pow(2).mean(-1,keepdim=True)"
@@ -48,7 +48,7 @@ def _body(function: Any) -> str:
 
 
 def _blocks(x_NW: Tensor) -> Iterator[slice]:
-    rows = len(x_NW) if x_NW.device.type != "cpu" else max(1, BLOCK // x_NW.shape[1])
+    rows = len(x_NW) if x_NW.device.type != "cpu" else max(1, NORM_BLOCK // x_NW.shape[1])
     return (slice(start, start + rows) for start in range(0, len(x_NW), rows))
 
 
