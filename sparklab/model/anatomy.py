@@ -20,6 +20,7 @@ from sparklab.units import format_bytes, format_count
 
 MOST_PARAMETERS: Final = 10**14  # ten times the largest model anybody has described; more is a typing error
 DTYPE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+DROPOUTS: Final = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")
 ACTIVATIONS: Final = ("silu", "swish", "gelu", "gelu_pytorch_tanh")  # one kernel that keeps its input; others keep more
 
 
@@ -266,7 +267,7 @@ def from_config(values: Any, source: str) -> Anatomy:
         tables=family.tables,
         table_count=len(windows) if name == "gemma3_text" else 1,  # it turns at another pace where a window slides
         turned=shape.turned,
-        notes=notes,
+        notes=(*notes, *_dropout_note(fields.values)),
     )
     if not fields.faults and anatomy.parameters > MOST_PARAMETERS:
         fields.faults.append(f"these shapes make {anatomy.parameters:.2g} parameters; no model has more than {MOST_PARAMETERS:.0e}")
@@ -286,6 +287,12 @@ def width_of(source: str) -> int | None:
         return None
     width = _text_part(values)[0].get("hidden_size")
     return width if isinstance(width, int) and 0 < width <= MOST else None
+
+
+def _dropout_note(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where the config makes the model drop numbers by itself, which no ledger line counts."""
+    given = [f"{name} {values[name]}" for name in DROPOUTS if isinstance(values.get(name), (int, float)) and values[name] > 0]
+    return (f"the model's own dropout ({', '.join(given)}) keeps masks that are not counted here: trace it, or set it to 0 in config.json",) if given else ()
 
 
 def _text_part(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -119,3 +119,9 @@ def test_faults_of_a_familys_own_fields(family: str, changes: dict[str, Any], wo
         from_config({**SMALL[family], **changes}, "bad")
     for word in words:
         assert word in str(caught.value)
+
+
+def test_dropout_of_the_models_own_is_said_not_to_be_counted() -> None:
+    assert from_config({**SMALL["gpt_neox"], "attention_dropout": 0.0}, "small").notes == ()
+    (note,) = from_config({**SMALL["gpt_neox"], "hidden_dropout": 0.1}, "small").notes
+    assert "hidden_dropout 0.1" in note and "not counted" in note
