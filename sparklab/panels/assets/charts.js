@@ -72,19 +72,6 @@ function drawRaw(context, rows, X, Y, colour, alpha) {
   strokeCurve(context, twice, both, rows.count * 2, X, Y, colour, 1, alpha);
 }
 
-function drawAxes(context, { marks, log, Y, left, right, bottom, end }, colour) {
-  context.lineWidth = 1; context.textAlign = "right"; context.textBaseline = "middle";
-  for (const [index, mark] of marks.entries()) {
-    const y = Math.round(Y(mark)) + 0.5;
-    context.strokeStyle = colour("fg"); context.globalAlpha = 0.13; context.beginPath(); context.moveTo(left, y); context.lineTo(right, y); context.stroke();
-    context.globalAlpha = 1;
-    context.fillStyle = colour("dim");
-    context.fillText(log ? String(+mark.toPrecision(2)) : tickLabel(mark, marks[Math.min(index + 1, marks.length - 1)] - marks[Math.min(index, marks.length - 2)]), left - 8, y);
-  }
-  context.textBaseline = "alphabetic"; context.textAlign = "left"; context.fillText("step 0", left, bottom + 18);
-  context.textAlign = "right"; context.fillText(`step ${end.toLocaleString("en")}`, right, bottom + 18);
-}
-
 /** One figure over the whole run, from zero to its highest; line: a value to mark across, where it lies inside. */
 function drawStrip(canvas, root, rows, index, over = index, line = null) {
   const surface = canvasContext(canvas);

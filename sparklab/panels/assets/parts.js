@@ -270,3 +270,17 @@ function resident(live) {
     },
   };
 }
+
+/** Lines and figures of the value axis, and words at the two ends of the other. */
+function drawAxes(context, { marks, log, Y, left, right, bottom, end }, colour, [from, to] = ["step 0", `step ${end.toLocaleString("en")}`]) {
+  context.lineWidth = 1; context.textAlign = "right"; context.textBaseline = "middle";
+  for (const [index, mark] of marks.entries()) {
+    const y = Math.round(Y(mark)) + 0.5;
+    context.strokeStyle = colour("fg"); context.globalAlpha = 0.13; context.beginPath(); context.moveTo(left, y); context.lineTo(right, y); context.stroke();
+    context.globalAlpha = 1;
+    context.fillStyle = colour("dim");
+    context.fillText(log ? String(+mark.toPrecision(2)) : tickLabel(mark, marks[Math.min(index + 1, marks.length - 1)] - marks[Math.min(index, marks.length - 2)]), left - 8, y);
+  }
+  context.textBaseline = "alphabetic"; context.textAlign = "left"; context.fillText(from, left, bottom + 18);
+  context.textAlign = "right"; context.fillText(to, right, bottom + 18);
+}

@@ -47,8 +47,7 @@ function drawRuns(ui, root, view, curves) {
   const [floor, ceiling] = [bend(marks[0]), bend(marks[marks.length - 1])], [left, right, top, bottom] = [46, width - 10, 8, height - 24];
   const end = Math.max(1, ...shown.map(({ xs }) => xs[xs.length - 1] || 0));
   const X = (x) => left + (right - left) * x / end, Y = (value) => top + (bottom - top) * (1 - (bend(value) - floor) / (ceiling - floor || 1));
-  const [from, to] = view.by_tokens ? ["0 tokens", `${compact(end)} tokens`] : ["step 0", `step ${Math.round(end).toLocaleString("en")}`];
-  drawFrame(context, marks, log, Y, { left, right, bottom }, [from, to], colour);
+  drawAxes(context, { marks, log, Y, left, right, bottom, end: Math.round(end) }, colour, view.by_tokens ? ["0 tokens", `${compact(end)} tokens`] : undefined);
   for (const { xs, ys, evals, colour: own } of shown) {
     strokeCurve(context, xs, ys, xs.length, X, Y, own, 2, 1);
     context.fillStyle = own;
@@ -63,19 +62,6 @@ function drawRuns(ui, root, view, curves) {
 }
 
 function compact(value) { return Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(value); }
-
-function drawFrame(context, marks, log, Y, { left, right, bottom }, [from, to], colour) {
-  context.lineWidth = 1; context.textAlign = "right"; context.textBaseline = "middle";
-  for (const [index, mark] of marks.entries()) {
-    const y = Math.round(Y(mark)) + 0.5;
-    context.strokeStyle = colour("fg"); context.globalAlpha = 0.13; context.beginPath(); context.moveTo(left, y); context.lineTo(right, y); context.stroke();
-    context.globalAlpha = 1;
-    context.fillStyle = colour("dim");
-    context.fillText(log ? String(+mark.toPrecision(2)) : tickLabel(mark, marks[Math.min(index + 1, marks.length - 1)] - marks[Math.min(index, marks.length - 2)]), left - 8, y);
-  }
-  context.textBaseline = "alphabetic"; context.textAlign = "left"; context.fillText(from, left, bottom + 18);
-  context.textAlign = "right"; context.fillText(to, right, bottom + 18);
-}
 
 function showRows(ui, view, redraw) {
   const shown = JSON.stringify([view.headings, view.rows, [...ui.hidden]]);
