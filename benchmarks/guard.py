@@ -11,6 +11,7 @@ What it printed stands in benchmarks/guard.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -101,7 +102,8 @@ def hog(folder: Path, times: int) -> None:
         right = state.status == "stopped" and state.ended_by == "guard" and saved and state.step < STEPS
         tripped += right
         while run.status != "finished":  # what else goes on here may trip the floor again
-            run.resume(panel=False).wait(600)
+            with contextlib.suppress(sl.errors.RunFailed):
+                run.resume(panel=False).wait(600)
         same = run.status == "finished" and result(run) == (losses, weights)
         exact += same
         words = f"{state.status} by {state.ended_by or 'nobody'} at step {state.step}, checkpoint {'saved' if saved else 'MISSING'}"

@@ -105,7 +105,7 @@ def raise_failure(directory: RunDirectory, state: RunState) -> None:
             f"the worker ended before it could begin ({_exit_words(status)}); worker.log ends:\n{tail}", "mend what the log names, then resume the run"
         )
     if state.status in ("failed", "lost"):
-        how = f" ({_exit_words(status)})" if state.status == "lost" and status else ""
+        how = f" ({_exit_words(status)})" if state.status == "lost" and status and state.ended_by != "guard" else ""
         raise RunFailed(state.reason + how, state.fix)
 
 
