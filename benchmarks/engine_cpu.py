@@ -64,11 +64,16 @@ class Clock:
 
     def __init__(self) -> None:
         self.ends: list[float] = [time.perf_counter()]
+        self.worked: list[float] = [time.process_time()]
         self.tokens: list[int] = []
         self.losses: list[float] = []
 
     def rate(self) -> float:
         return sum(self.tokens[1:]) / (self.ends[-1] - self.ends[1])
+
+    def rate_of_work(self) -> float:
+        """Tokens a second that the process was given of a core: what holds where others use the machine too (with one thread)."""
+        return sum(self.tokens[1:]) / (self.worked[-1] - self.worked[1])
 
 
 def callback(clock: Clock) -> Any:
@@ -78,6 +83,7 @@ def callback(clock: Clock) -> Any:
     class Told(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             clock.ends.append(time.perf_counter())
+            clock.worked.append(time.process_time())
             control.should_save = control.should_evaluate = False
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -206,7 +212,8 @@ def one(variant: str, shape: str, length: int | None, updates: int, follow: bool
         tracker.__exit__(None, None, None)  # type: ignore[no-untyped-call]
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "rate": clock.rate(), "losses": clock.losses, "storages_gib": tracker.peak_bytes / 2**30 if follow else None, "rss_gib": rss / 2**20,
+        "rate": clock.rate(), "rate_of_work": clock.rate_of_work(), "losses": clock.losses,
+        "storages_gib": tracker.peak_bytes / 2**30 if follow else None, "rss_gib": rss / 2**20,
         "growth_gib": (rss - before) / 2**20, "tokens": clock.tokens,
     }  # fmt: skip
 
