@@ -11,6 +11,7 @@ and the peak that the allocator gave out and held. With ``--peers`` the same mod
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def ours(config: dict[str, Any], method: str, tokens: int, layers: str, updates:
     trainer = PackedTrainer(ready_model(recipe, Box.detect(), blank_base), recipe, folder, rows, (), callback=Told())
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
+    return [later - earlier for earlier, later in itertools.pairwise(ends)]
 
 
 def peer(config: dict[str, Any], method: str, tokens: int, layers: str, updates: int) -> list[float]:
@@ -135,7 +136,7 @@ def peer(config: dict[str, Any], method: str, tokens: int, layers: str, updates:
         use_liger_kernel=find_spec("liger_kernel") is not None, report_to=[], save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     SFTTrainer(model, args=arguments, train_dataset=data, peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"), callbacks=[Told()]).train()
-    return [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
+    return [later - earlier for earlier, later in itertools.pairwise(ends)]
 
 
 def one(name: str, updates: int, by: str) -> dict[str, float]:
