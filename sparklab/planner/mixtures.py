@@ -125,6 +125,7 @@ def _experts_backward(part: Experts, engine: Engine, gates: list[str]) -> Backwa
         tape.hold("shares", rows * x)  # what of the weights' gradient is still to be summed
         if x > b:
             tape.hold("wide", rows * x)
+            tape.drop("shares")
         tape.hold("d:down", rows * b)
         tape.drop_any("wide", "shares")
         tape.accumulate(f"d:{part.weights}", s * (4 if part.wide_weights else b))
