@@ -122,6 +122,7 @@ def _adapter_forward(part: Linear, tape: Tape, engine: Engine, needs_grad: bool)
         tape.hold(source, a * part.inputs)
     if engine.dropout_mask_bytes:  # the dropped input is a tensor of its own
         tape.hold(source + ":dropped", a * part.inputs)
+        tape.share("undropped", source)  # PEFT's own variable, until it returns
         tape.drop(source)
         tape.hold(source, engine.dropout_mask_bytes * part.inputs if needs_grad else 0)
     tape.hold(low, a * engine.rank)
@@ -137,6 +138,7 @@ def _adapter_forward(part: Linear, tape: Tape, engine: Engine, needs_grad: bool)
     else:
         tape.share(part.writes, "sum")
     tape.drop("sum")
+    tape.drop_any("undropped")
 
 
 def norm(part: Norm, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
