@@ -70,7 +70,7 @@ def tokenised(data: str, source: Source, recipe: Recipe, encoder: Encoder, tell:
                 if error.errno != errno.ENOSPC:
                     raise
                 fix = f"free some space, or name a folder on another disk in the environment: {store.SWITCH}"
-                raise DiskFull(f"no room in {folder.parent} for the tokens of {source.name}", fix) from error
+                raise DiskFull(f"the disk is full: no room in {folder.parent} for the tokens of {source.name}", fix) from error
             found = store.open_entry(folder)
             assert found is not None, "sealed a moment ago"
             store.evict(folder)

@@ -17,7 +17,7 @@ from sparklab.box.doctor import Finding
 from sparklab.data.lesson import lesson
 from sparklab.errors import RunError
 from sparklab.planner.recipe import Recipe
-from sparklab.run import guard, launch
+from sparklab.run import guard, inputs, launch
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
 
@@ -30,7 +30,8 @@ KIB_PER_GIB: Final = 2**20
 def drill() -> list[Finding]:
     """Trips the soft floor, then the hard one, of a tiny run in a temporary directory; takes under a minute. Two findings: what happened, in figures."""
     with tempfile.TemporaryDirectory(prefix="sparklab-drill-") as folder, pretended(Path(folder) / "proc") as available:
-        run = RunDirectory.create(Path(folder) / "run", _recipe(Path(folder)), {}, {})
+        recipe = _recipe(Path(folder))
+        run = RunDirectory.create(Path(folder) / "run", recipe, {}, inputs.describe(recipe))
         try:
             return [_soft(run, available), _hard(run, available)]
         finally:

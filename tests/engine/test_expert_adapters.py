@@ -133,11 +133,12 @@ def test_what_is_saved_is_pefts(family, tmp_path):
         ours, theirs = model(input_ids=ids).logits, loaded(input_ids=ids).logits
         with model.disable_adapter(), loaded.disable_adapter():
             without = [each(input_ids=ids).logits for each in (model, loaded)]
-        merged = loaded.merge_and_unload()(input_ids=ids).logits
-        own = model.merge_and_unload()(input_ids=ids).logits
+        weights, own_weights = loaded.merge_and_unload(), model.merge_and_unload()
+        merged, own = weights(input_ids=ids).logits, own_weights(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(*without, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(own, merged, rtol=0, atol=0)
+    torch.testing.assert_close(own_weights.state_dict(), weights.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(own, merged, rtol=1e-5, atol=1e-5)  # the same weights, norms and rotary positions in our kernels
     torch.testing.assert_close(ours, merged, rtol=1e-4, atol=1e-4)
     assert (without[0] - ours).abs().max() > 1e-2
     again = ready_model(recipe, BOX, base).eval()

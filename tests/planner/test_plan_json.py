@@ -73,7 +73,7 @@ def test_a_rehearsal_takes_the_same_and_adds_what_was_measured(capsys: pytest.Ca
 
     asked: list[Any] = []
 
-    def rehearse(plan: Any, on_phase: Any) -> Any:
+    def rehearse(plan: Any, on_phase: Any, profile: bool) -> Any:
         asked.append(plan.recipe)
         phases = tuple(rehearsal.Phase(name=name, planned_bytes=2.0**30, measured_bytes=2.0**31, reserved_bytes=NA, process_bytes=2.0**32, seconds=1.0)
                        for name in ("load", "train"))  # fmt: skip

@@ -43,6 +43,7 @@ def test_the_fingerprint_changes_with_every_field() -> None:
         "eval_every": 3, "answer_held_out": 4, "answer_tokens": 64, "sample_prompts": ("Hi",), "save_every": 9, "keep_checkpoints": 1,
         "format": "text", "template": "chatml", "learn": "all", "on_bad": "skip", "overrule": ("mismatch",),
         "rank_stabilized": True, "dora": True, "expert_adapters": True, "skip_bad_updates": 1, "guard": False, "soft_floor_gib": 3.0, "hard_floor_gib": 0.5,
+        "keep_best": True, "retry": "smaller",
     }  # fmt: skip
     recipe = Recipe(**LEAST)
     assert set(changes) == {field.name for field in dataclasses.fields(Recipe)}

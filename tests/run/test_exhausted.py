@@ -37,10 +37,15 @@ def nth_call(patch, place, name, number, action=no_memory):
     patch.setattr(place, name, counted)
 
 
-def in_training(patch):
-    """No memory for a forward pass that is to have a backward pass."""
-    real = engine.row_loss
-    patch.setattr(engine, "row_loss", lambda model, *more: no_memory() if model.training else real(model, *more))
+def in_training(patch, first=1):
+    """No memory for a forward pass that is to have a backward pass, the ``first``-th of them alone."""
+    real, calls = engine.row_loss, []
+
+    def counted(model, *more):
+        calls.extend([1] * model.training)
+        return no_memory() if model.training and len(calls) == first else real(model, *more)
+
+    patch.setattr(engine, "row_loss", counted)
 
 
 PHASES = {
@@ -80,8 +85,10 @@ def test_smaller_pieces_of_the_same_update(quick_recipe, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         if phase == "evaluate":
             nth_call(patch, engine, "mean_loss", 2)
+        elif phase == "forward":
+            in_training(patch, 6)
         else:
-            nth_call(patch, *((torch.Tensor, "backward") if phase == "backward" else (engine, "row_loss")), 6)
+            nth_call(patch, torch.Tensor, "backward", 6)
         run = sl.train(recipe, tmp_path / "run", inline=True, panel=False)
     assert run.status == "finished"
     (retry,) = events(run, "retry")
