@@ -32,8 +32,8 @@ def test_in_a_real_notebook(tmp_path, work):
             lab.until("$$('.sl-box .sl-part').length >= 2 && $('.sl-box .sl-legend').textContent.includes('page cache')")
             lab.run(1)
             lab.until("$('.sl-runs')?.dataset.rows === '3'", 60)
-            before = int(lab.page.locator(".sl-runs").get_attribute("data-points"))
-            lab.until(f"Number($('.sl-runs').dataset.points) > {before}")  # the run at work grows
+            before = float(lab.page.locator(".sl-runs").get_attribute("data-reached"))
+            lab.until(f"Number($('.sl-runs').dataset.reached) > {before}")  # the run at work grows
             lab.run(2)
             lab.until("$$('.jp-OutputArea-output').some(output => output.textContent.trim() === '42')")
             shot(lab, "residents-live")

@@ -105,7 +105,7 @@ function liveRuns(model) {
     say(ui.title, view.title); say(ui.about, view.about);
     ui.plot.setAttribute("aria-label", `Loss curves. ${view.rows.map((row) => [row.name, ...row.cells.map((text, index) => `${view.headings[index]} ${text}`)].join(", ")).join("; ")}.`);
     redraw();
-    root.dataset.rows = view.rows.length; root.dataset.points = curves.reduce((sum, { xs }) => sum + xs.length, 0);
+    root.dataset.rows = view.rows.length; root.dataset.reached = Math.max(0, ...curves.map(({ xs }) => xs[xs.length - 1] || 0));
   };
   ui.logButton.addEventListener("click", () => { ui.log = !ui.log; ui.logButton.setAttribute("aria-pressed", String(ui.log)); draw(); });
   ui.plot.addEventListener("pointermove", (event) => { if (place) { ui.cursor = place(event.offsetX); draw(); } });
