@@ -10,7 +10,7 @@ from sparklab.box.doctor import Finding
 from sparklab.box.pool import Pool
 from sparklab.panels import facts, parts
 from sparklab.panels.memory_facts import LIGHTS
-from sparklab.panels.parts import BAD, DIM, FAINT, GOOD, LINE, LOSS, SEGMENTS, WARN, clean, escape, image, one_line, stack_svg
+from sparklab.panels.parts import BAD, DIM, FAINT, GOOD, LINE, LOSS, SEGMENTS, WARN, clean, escape, frame, image, one_line, stack_svg
 from sparklab.units import format_bytes, gib, is_na
 
 TRAIL: Final = 120
@@ -102,11 +102,11 @@ def twin_html(seen: dict[str, Any], home: str) -> str:
         for one in seen["findings"]
     )
     figures = " · ".join(f"{escape(figure['name'].lower())} {escape(figure['text'])}" for figure in seen["figures"])
-    return (
-        f'<div class="sparklab-twin {escape(home)}"><div style="max-width:1080px;border:1px solid {LINE};border-radius:8px;padding:14px 16px;font-size:13px;'
-        f'line-height:1.45"><div><b style="font-size:15px"><span style="color:{TONES[seen["level"]]}">●</span> {escape(seen["word"])}</b> '
+    return frame(
+        f'<div><b style="font-size:15px"><span style="color:{TONES[seen["level"]]}">●</span> {escape(seen["word"])}</b> '
         f'{escape(seen["name"])} <span style="{small}">{escape(seen["about"])}</span></div><div style="margin:2px 0 0 0">{escape(seen["reason"])}</div>{bar}'
-        f'<div style="{small};margin:6px 0 0 0">{key}{figures}</div>{findings}</div></div>'
+        f'<div style="{small};margin:6px 0 0 0">{key}{figures}</div>{findings}',
+        home,
     )
 
 

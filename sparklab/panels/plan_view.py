@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
-from sparklab.panels.parts import BAD, FAINT, LINE, clean, escape, one_line, swatch
+from sparklab.panels.parts import BAD, FAINT, clean, escape, frame, one_line, swatch
 from sparklab.planner import Plan, render
 from sparklab.planner.recipe import Method
 from sparklab.planner.search import checkpoint_setting
@@ -137,10 +137,9 @@ def twin_html(settings: Settings, choice: Choice, home: str) -> str:
         for part in row["segments"]
     )
     words = (seen["summary"], seen["settings"], seen["speed"], seen["moment"], seen["fixes"], *(f"Note: {note}" for note in seen["notes"]))
-    return (
-        f'<div class="sparklab-twin {escape(home)}"><div style="max-width:1080px;border:1px solid {LINE};border-radius:8px;padding:14px 16px;font-size:13px;'
-        f'line-height:1.45"><b style="font-size:15px">{escape(name)}</b> <span style="{small}">{escape(about)}</span>{bars}'
+    return frame(
+        f'<b style="font-size:15px">{escape(name)}</b> <span style="{small}">{escape(about)}</span>{bars}'
         f'<div style="{small};margin:6px 0 0 0">{swatch(BAD)}{seen["usable_text"]}</div><div style="font-size:12px;margin:8px 0 0 0">{keys}</div>'
-        + "".join(f'<div style="margin:4px 0 0 0">{escape(text)}</div>' for text in words if text)
-        + "</div></div>"
+        + "".join(f'<div style="margin:4px 0 0 0">{escape(text)}</div>' for text in words if text),
+        home,
     )

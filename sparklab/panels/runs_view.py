@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sparklab.errors import SparklabError
 from sparklab.panels import facts, parts
-from sparklab.panels.parts import FAINT, LINE, SEGMENTS, Chart, Curve, Dots, chart_html, escape, one_line, swatch
+from sparklab.panels.parts import FAINT, SEGMENTS, Chart, Curve, Dots, chart_html, escape, frame, one_line, swatch
 from sparklab.planner.recipe import Recipe
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
@@ -155,18 +155,15 @@ def _about(entries: Sequence[Entry]) -> str:
 def twin_html(entries: Sequence[Entry], home: str = "") -> str:
     """Table and overlaid curves without script and style sheet; everything in it is escaped."""
     small = f"font-size:12px;{FAINT}"
-    frame = f"max-width:1080px;border:1px solid {LINE};border-radius:8px;padding:14px 16px;font-size:13px;line-height:1.45"
     if not entries:
-        return (
-            f'<div class="sparklab-twin {escape(home)}"><div style="{frame}">No runs here. <span style="{small}">sl.train(recipe, "runs/1")</span></div></div>'
-        )
+        return frame(f'No runs here. <span style="{small}">sl.train(recipe, "runs/1")</span>', home)
     seen = table(entries)
     body = _curves_html(entries[:MOST_DRAWN], seen["by_tokens"]) + _table_html(seen)
     more = f"; curves of the first {MOST_DRAWN}" if len(entries) > MOST_DRAWN else ""
     head = (
         f'<b style="font-size:15px">{len(entries)} run{"s" * (len(entries) > 1)}</b> <span style="{small}">smoothed training loss, dots held-out{more}</span>'
     )
-    return f'<div class="sparklab-twin {escape(home)}"><div style="{frame}">{head}{body}</div></div>'
+    return frame(head + body, home)
 
 
 def _curves_html(entries: Sequence[Entry], tokens: bool) -> str:
