@@ -11,7 +11,7 @@ FILES := sparklab tests examples benchmarks
 quickstart: .venv/base ## fine-tune the bundled model and show that it helped
 	$(BIN)/sparklab quickstart
 
-test: .venv/dev .venv/node .venv/ipykernel-6.31 ## the whole test suite, a file at a time on every core
+test: .venv/dev .venv/node .venv/ipykernel-6.31 .venv/liger ## the whole test suite, a file at a time on every core
 	$(TESTS)
 
 test-fast: .venv/dev ## the tests that take seconds: no training, no browser
@@ -60,6 +60,13 @@ clean:
 .venv/ipykernel-6.31: .venv/dev
 	@rm -rf $@
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ ipykernel==6.31.0
+	@touch $@
+
+# Liger's kernels and the interpreter that runs them on a CPU, for one test, in a folder of their own: Triton unpacks to 1 GB.
+.venv/liger: .venv/dev
+	@rm -rf $@
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.9.0 liger-kernel==0.8.5 \
+	|| { rm -rf $@; mkdir $@; echo "no wheel of Triton for this machine: the test of Liger's kernels will skip"; }
 	@touch $@
 
 .venv/dev: .venv/base

@@ -23,6 +23,14 @@ def test_every_dependency_is_pinned_inside_its_range():
     assert PINS["torch"] == "2.13.0"
 
 
+def test_liger_is_tested_inside_its_range():
+    """In a folder of its own: what trains on a CPU installs no Triton."""
+    (requirement,) = map(Requirement, PROJECT["optional-dependencies"]["gpu"])
+    tested = dict(re.findall(r"(triton|liger-kernel)==(\S+)", (ROOT / "Makefile").read_text()))
+    assert set(tested) == {"triton", "liger-kernel"} and requirement.specifier.contains(Version(tested["liger-kernel"]))
+    assert not set(tested) & set(PINS)
+
+
 def test_conda_users_get_the_same():
     text = (ROOT / "environment.yml").read_text()
     assert "--constraint constraints.txt" in text
@@ -32,7 +40,7 @@ def test_conda_users_get_the_same():
 
 def test_every_dependency_earns_its_line_in_contributing():
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    for requirement in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
+    for requirement in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"] + PROJECT["optional-dependencies"]["gpu"]:
         assert f"`{Requirement(requirement).name}`" in text, requirement
 
 

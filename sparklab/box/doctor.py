@@ -30,6 +30,7 @@ from sparklab.units import GIB, NA, format_bytes, is_na
 Level = Literal["ok", "note", "warning", "fault"]
 LEVELS: Final = ("ok", "note", "warning", "fault")
 EXIT_STATUS: Final = {"ok": 0, "note": 0, "warning": 3, "fault": 4}
+LIGER: Final = "0.8."
 SECONDS_FOR_TORCH: Final = 120.0
 LEAST_DISK: Final = 10 * GIB  # free on the disk where nothing is said of a run
 TORCH: Final = """
@@ -160,7 +161,7 @@ class Examination:
 
     def findings(self) -> list[Finding]:
         """Every check, in the order people mend things."""
-        checks = (self._torch, self._false_warning, self._bitsandbytes, self._ptxas, self._segments, self._available, self._tenants, self._swap,
+        checks = (self._torch, self._false_warning, self._bitsandbytes, self._liger, self._ptxas, self._segments, self._available, self._tenants, self._swap,
                   self._cache, self._guard, self._container, self._disk, self._jupyter)  # fmt: skip
         return [finding for check in checks for finding in check()]
 
@@ -208,6 +209,19 @@ class Examination:
         nearest = max((one for one in there if one[:2] == wanted[:2]), default=max(there, default=""))
         fact = f"bitsandbytes {version} has no library for CUDA {wanted}{' (BNB_CUDA_VERSION)' if asked else ''}, only for {', '.join(there) or 'none'}"
         yield Finding("bitsandbytes", "fault", fact, f"export BNB_CUDA_VERSION={nearest}" if nearest else "pip install --upgrade bitsandbytes")
+
+    def _liger(self) -> Iterator[Finding]:
+        if not self.torch.get("cuda") or not self.torch.get("available"):
+            return
+        version = self.machine.version("liger-kernel")
+        if version is None:
+            yield Finding("Liger", "note", "CUDA here, and liger-kernel is not installed: norms, rotary positions and SwiGLU run in sparklab's own PyTorch",
+                          "pip install 'sparklab[gpu]'")  # fmt: skip
+        elif not version.startswith(LIGER):
+            yield Finding("Liger", "note", f"liger-kernel {version} is not one that sparklab was written against ({LIGER}x); it is tried before it is used",
+                          "pip install 'sparklab[gpu]'")  # fmt: skip
+        else:
+            yield Finding("Liger", "ok", f"liger-kernel {version}")
 
     def _ptxas(self) -> Iterator[Finding]:
         if self.machine.version("triton") is None or self.capability < (12, 1):

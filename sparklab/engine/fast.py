@@ -21,7 +21,7 @@ from typing import Any, Final
 from torch import nn
 
 from sparklab.box import Box
-from sparklab.engine import attention, lora, mlp, norm, rotary
+from sparklab.engine import attention, liger, lora, mlp, norm, rotary
 from sparklab.model import experts
 from sparklab.model.load import BaseMaker, load_model
 from sparklab.planner.recipe import Recipe
@@ -55,7 +55,8 @@ def fit(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
         _fit_adapters(model, stays)
     for block in list(model.modules()):
         _fit_block(block)
-    return tuple(f"{count} linear layers have {reason} and train on PEFT's own code" for reason, count in stays.items())
+    sentences = [f"{count} linear layers have {reason} and train on PEFT's own code" for reason, count in stays.items()]
+    return (*sentences, *([f"{liger.refusal()}; sparklab's own PyTorch computes instead"] if liger.refusal() else []))
 
 
 def _fit_adapters(model: nn.Module, stays: Counter[str]) -> None:

@@ -2,7 +2,8 @@
 
 Shapes: N rows of W numbers, n = x / sqrt(mean(x^2) + eps). Llama: ``w * n`` with n rounded to x's type first; OLMo: ``w * n`` rounded last; Gemma:
 ``(1 + w) * n`` rounded last. transformers keeps x in fp32 and more; here the normalised x is made again in the backward pass, where
-``dx = r * (g - n * mean(g * n))`` with r = 1 / sqrt(...) and g the output's gradient times the weight. Rows go through in blocks that stay in a CPU's cache.
+``dx = r * (g - n * mean(g * n))`` with r = 1 / sqrt(...) and g the output's gradient times the weight. Rows go through in blocks that
+stay in a CPU's cache; on CUDA Liger's kernel does the same where it is to be had.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from sparklab.engine import liger
 from sparklab.planner.fused import NORM_BLOCK
 
 _HEAD: Final = (
@@ -101,5 +103,8 @@ class RMSNorm:
         if self.weight.dtype != x.dtype:  # transformers' type promotion is its own
             slow: Tensor = super().forward(x)  # type: ignore[misc]
             return slow
+        fused = liger.norm(x, self.weight, self.fast_eps, self.fast_kind)
+        if fused is not None:
+            return fused
         out: Tensor = _RMSNorm.apply(x, self.weight, self.fast_eps, self.fast_kind)  # type: ignore[no-untyped-call]
         return out

@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from sparklab.engine import liger
 from sparklab.engine.norm import _body
 
 NAME: Final = "apply_rotary_pos_emb"
@@ -46,7 +47,9 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """As transformers' function of that name."""
+    """As transformers' function of that name; on CUDA by Liger's kernel where it is to be had."""
+    if unsqueeze_dim == 1 and q.dim() == 4 and cos.dim() == 3 and (fused := liger.turn(q, k, cos, sin)) is not None:
+        return fused
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _Turn.apply(q, cos, sin), _Turn.apply(k, cos, sin)  # type: ignore[no-untyped-call]
 

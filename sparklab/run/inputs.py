@@ -26,7 +26,7 @@ from sparklab.run.lock import release
 from sparklab.text import one_line
 from sparklab.units import KIB, MIB
 
-PACKAGES: Final = ("sparklab", "torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes")
+PACKAGES: Final = ("sparklab", "torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "liger-kernel")
 NAMES: Final = ("recipe", "data", "held_out", "model", "versions")
 """What can change, as ``accept`` takes it."""
 WHOLE_BYTES: Final = 16 * MIB

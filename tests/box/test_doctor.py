@@ -13,7 +13,8 @@ from sparklab.units import GIB
 SPARK_TORCH = {"version": "2.15.0", "cuda": "13.2", "hip": None, "available": True, "architectures": ["sm_90", "sm_120"],
                "devices": [{"name": "NVIDIA GB10", "capability": [12, 1], "integrated": True}]}  # fmt: skip
 CPU_TORCH = {"version": "2.13.0+cpu", "cuda": None, "hip": None, "available": False, "devices": []}
-VERSIONS = {"bitsandbytes": "0.50.2", "triton": "3.9.0", "ipykernel": "7.3.0", "jupyterlab": "4.6.6", "anywidget": "0.11.0"}
+VERSIONS = {"bitsandbytes": "0.50.2", "triton": "3.9.0", "liger-kernel": "0.8.5", "ipykernel": "7.3.0", "jupyterlab": "4.6.6",
+            "anywidget": "0.11.0"}  # fmt: skip
 # As a DGX Spark shows it, after the published figures: 119.7 GiB seen, much of it page cache that MemFree does not count.
 SPARK = {"MemTotal": 119.7, "MemFree": 41.5, "MemAvailable": 110.0, "Buffers": 0.3, "Cached": 20.0, "Shmem": 0.1, "SReclaimable": 0.4,
          "SwapTotal": 0.0, "SwapFree": 0.0}  # fmt: skip
@@ -55,8 +56,8 @@ def test_a_spark_that_lacks_nothing(made):
     made.environ = {"TRITON_PTXAS_PATH": str(made.root / "usr/local/cuda/bin/ptxas"), "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     checkup = made.checkup()
     assert {finding.name: finding.level for finding in checkup.findings} == {
-        "torch": "ok", "sm_121 warning": "note", "bitsandbytes": "ok", "ptxas": "ok", "expandable segments": "ok", "memory": "ok", "other tenants": "ok",
-        "swap": "ok", "page cache": "note", "guard": "ok", "disk": "ok", "Jupyter": "ok",
+        "torch": "ok", "sm_121 warning": "note", "bitsandbytes": "ok", "Liger": "ok", "ptxas": "ok", "expandable segments": "ok", "memory": "ok",
+        "other tenants": "ok", "swap": "ok", "page cache": "note", "guard": "ok", "disk": "ok", "Jupyter": "ok",
     }  # fmt: skip
     assert (checkup.worst, checkup.exit_status) == ("note", 0)
     assert "false alarm" in checkup["sm_121 warning"].fact
@@ -106,6 +107,8 @@ CASES = [
     (set_(environ={"BNB_CUDA_VERSION": "129"}), "bitsandbytes", "fault", "no library for CUDA 129 (BNB_CUDA_VERSION)", "BNB_CUDA_VERSION=132"),
     (set_(libraries=[]), "bitsandbytes", "fault", "only for none", "pip install --upgrade"),
     (lambda made: made.versions.pop("bitsandbytes"), "bitsandbytes", "fault", "not installed", "pip install bitsandbytes"),
+    (lambda made: made.versions.pop("liger-kernel"), "Liger", "note", "liger-kernel is not installed", "pip install 'sparklab[gpu]'"),
+    (lambda made: made.versions.update({"liger-kernel": "0.6.1"}), "Liger", "note", "liger-kernel 0.6.1 is not one", "pip install 'sparklab[gpu]'"),
     (set_(), "ptxas", "warning", "sm_121a is not defined", "export TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas"),
     (lambda made: (made.root / "usr/local/cuda/bin/ptxas").unlink(), "ptxas", "warning", "sm_121a", "install the CUDA toolkit"),
     (set_(environ={"TRITON_PTXAS_PATH": "nowhere/ptxas"}), "ptxas", "warning", "'nowhere/ptxas', which does not exist", "export"),
