@@ -127,7 +127,10 @@ class LivePanel(Resident):
         from sparklab.panels.widget import RunPanel  # noqa: PLC0415 - ipywidgets loads when a widget is made, not before
 
         prompts = facts.has_prompts(self.directory)
-        widget = RunPanel(name=list(self._title), home=self._home, clip=self._clip, prompts=prompts, on_command=self.command, on_seen=self._wake.set)
+        widget = RunPanel(
+            name=list(self._title), home=self._home, clip=self._clip, prompts=prompts, on_command=self.command, on_seen=self._wake.set,
+            series=self._pictured.copy(),
+        )  # fmt: skip
         widget.update(state, self._plan)
         return widget
 

@@ -82,8 +82,7 @@ def figures(entry: Entry) -> dict[str, Any]:
 
 def _pace(state: RunState) -> float:
     """Non-pad tokens a second over the whole run: what a comparison wants, where the live panel shows the last updates."""
-    seconds = sum(state.step_seconds)
-    return state.tokens / seconds if seconds > 0 else NA
+    return state.tokens / state.seconds if state.seconds > 0 else NA
 
 
 _COLUMNS: Final = (

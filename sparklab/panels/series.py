@@ -7,6 +7,7 @@ lost, and their mean, so that the smoothed curve is that of the run.
 from __future__ import annotations
 
 import array
+import copy
 import math
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,12 @@ class Series:
         self.updates = total
         self._last = self._identity(state, total - 1) if total else ()
         return first, self._bytes(first)
+
+    def copy(self) -> Series:
+        """The same rows, to be brought up to date by themselves: what has been added up for one view need not be for the next."""
+        twin = copy.copy(self)
+        twin._rows = self._rows[:]
+        return twin
 
     def all(self) -> bytes:
         """Every row so far."""

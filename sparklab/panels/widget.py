@@ -42,7 +42,7 @@ def hear_every_page(comm: Any) -> None:
 
 
 class RunPanel(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is not annotated well enough to be followed
-    """One live run panel. ``on_command`` receives the names of the buttons pressed and what came with them.
+    """One live run panel. ``on_command`` receives the names of the buttons pressed and what came with them; ``series`` is where its curves begin.
 
     With a ``home`` it takes the place of the element of that class, in every page; without one it is shown where it is displayed.
 
@@ -77,8 +77,9 @@ class RunPanel(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is not a
         prompts: bool = True,
         on_command: Callable[[str, dict[str, Any]], Any] | None = None,
         on_seen: Callable[[], Any] | None = None,
+        series: Series | None = None,
     ) -> None:
-        self.series = Series()
+        self.series = Series() if series is None else series
         self._guard = threading.RLock()  # the refreshing thread and the thread of the page's messages
         self._on_command = on_command or (lambda _command, _details: None)
         self._on_seen = on_seen or (lambda: None)

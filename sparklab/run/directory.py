@@ -234,8 +234,8 @@ class RunFollower:
     def refresh(self) -> RunState:
         """The state, with all events written until now, and whether the worker still lives."""
         alive = self.directory.is_alive  # asked first: a worker that ends between the two questions has written its last word
-        for event in self._reader.read_new():
-            self.state.add(event)
+        for events in self._reader.read_batches():
+            self.state.add_all(events)
         if not alive and not self.state.is_over:
             self.state.mark_lost(self.directory.log_tail(5), left_behind(self.directory.path))
         return self.state

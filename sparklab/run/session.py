@@ -228,5 +228,5 @@ class Session:
         state = self.directory.state
         self.events.write(
             "finished", step=trainer.state.global_step, seconds=round(time.perf_counter() - self.began, 3), tokens=self.reporter.tokens,
-            tokens_per_second=state.tokens / sum(state.step_seconds) if state.step_seconds else None, peak_bytes=self.reporter.peak_bytes,
+            tokens_per_second=state.tokens / state.seconds if state.seconds > 0 else None, peak_bytes=self.reporter.peak_bytes,
         )  # fmt: skip

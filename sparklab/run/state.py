@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -14,6 +17,8 @@ Status = Literal["starting", "running", "paused", "stopped", "failed", "finished
 
 KEPT_MEMORY: Final = 240
 """Memory events kept: the last minutes; a run of weeks must not grow whoever looks on."""
+LAST_STEP: Final = 2**53
+"""A number of an update from here on is none."""
 LONGEST_DRAW_SECONDS: Final = 30.0
 """Between two readings of the power; across longer gaps nobody knows what was drawn."""
 
@@ -24,9 +29,7 @@ _MEMORY = ("process_bytes", "peak_bytes", "available_bytes", "total_bytes", "fre
 
 def _number(value: Any) -> float:
     """A figure from a file nobody vouches for: anything that is not a finite number is NA."""
-    if type(value) is float:  # nearly all of them, and a long run has a million
-        return value if value - value == 0.0 else NA
-    if type(value) is float:  # nearly all of them: a long run has a million
+    if type(value) is float:  # nearly all of them
         return value if value - value == 0.0 else NA
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return NA
@@ -34,6 +37,23 @@ def _number(value: Any) -> float:
         return float(value) if math.isfinite(value) else NA
     except OverflowError:  # an integer no float can hold
         return NA
+
+
+def _numbers(values: list[Any]) -> array[float]:
+    """:func:`_number` of each, eight bytes a figure. Nearly all columns are finite numbers throughout, which is told at once."""
+    if {int, float}.issuperset(map(type, values)):
+        with contextlib.suppress(OverflowError):
+            column = array("d", values)
+            if math.isfinite(sum(column)):
+                return column
+    return array("d", map(_number, values))
+
+
+def _is_regular(event: Event) -> bool:
+    """An update as a worker tells it: its number and how many there are to be are plain integers."""
+    step = event.get("step")
+    steps = event.get("steps")
+    return type(step) is int and abs(step) < LAST_STEP and type(steps) is int and abs(steps) < LAST_STEP
 
 
 @dataclass
@@ -64,16 +84,21 @@ class RunState:
     parameters: float = NA
     trainable_parameters: float = NA
 
-    loss_steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    learning_rates: list[float] = field(default_factory=list)
-    step_tokens: list[float] = field(default_factory=list)
+    loss_steps: array[int] = field(default_factory=lambda: array("q"))
+    """The number of each update; the series below have a figure for each."""
+    losses: array[float] = field(default_factory=lambda: array("d"))
+    grad_norms: array[float] = field(default_factory=lambda: array("d"))
+    learning_rates: array[float] = field(default_factory=lambda: array("d"))
+    step_tokens: array[float] = field(default_factory=lambda: array("d"))
     """Non-pad tokens of each update."""
-    step_seconds: list[float] = field(default_factory=list)
+    step_seconds: array[float] = field(default_factory=lambda: array("d"))
     """Duration of each update, without loading and evaluating."""
-    step_waits: list[float] = field(default_factory=list)
+    step_waits: array[float] = field(default_factory=lambda: array("d"))
     """Of these, the seconds spent waiting for data."""
+    tokens: float = 0.0
+    """Non-pad tokens trained on so far."""
+    seconds: float = 0.0
+    """Duration of all updates."""
     evals: list[dict[str, float]] = field(default_factory=list)
     """step, loss, and where answers were compared exact_match and n."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -92,10 +117,27 @@ class RunState:
 
     def add(self, event: Event) -> None:
         """Takes one event in; unknown or damaged fields become NA rather than errors."""
-        self.last_time = _number(event.get("time"))
-        handler = getattr(self, f"_on_{event['event']}", None)
-        if handler is not None:
-            handler(event)
+        self.add_all([event])
+
+    def add_all(self, events: Iterable[Event]) -> None:
+        """Takes events in, in order. Updates, which are nearly all of a long run, go into the series a column at a time."""
+        updates: list[Event] = []
+        for event in events:
+            if event["event"] == "step" and _is_regular(event):
+                updates.append(event)
+                continue
+            if updates:
+                self._reach(updates[-1])
+            if event["event"] in ("started", "step"):  # a start takes back what the series must hold by then
+                self._extend(updates)
+                updates = []
+            self.last_time = _number(event.get("time"))
+            handler = getattr(self, f"_on_{event['event']}", None)
+            if handler is not None:
+                handler(event)
+        if updates:
+            self._reach(updates[-1])
+            self._extend(updates)
 
     @property
     def is_over(self) -> bool:
@@ -109,16 +151,11 @@ class RunState:
         return sum(self.step_tokens[-50:]) / seconds if seconds > 0 else NA
 
     @property
-    def tokens(self) -> float:
-        """Non-pad tokens trained on so far."""
-        return sum(self.step_tokens)
-
-    @property
     def eta_seconds(self) -> float:
         """Seconds left at the mean pace so far; NA before the first update."""
         if not self.loss_steps or self.is_over:
             return NA
-        return (self.steps - self.step) * sum(self.step_seconds) / len(self.loss_steps)
+        return (self.steps - self.step) * self.seconds / len(self.loss_steps)
 
     @property
     def elapsed_seconds(self) -> float:
@@ -160,8 +197,10 @@ class RunState:
     def _rewind(self, step: int) -> None:
         """Steps after the checkpoint a run resumed from will be made again: forget them, so that no step counts twice."""
         keep = sum(1 for logged in self.loss_steps if logged <= step)
-        for series in (self.loss_steps, self.losses, self.grad_norms, self.learning_rates, self.step_tokens, self.step_seconds, self.step_waits):
+        del self.loss_steps[keep:]
+        for _, series in self._figures:
             del series[keep:]
+        self.tokens, self.seconds = sum(self.step_tokens, 0.0), sum(self.step_seconds, 0.0)
         self.evals = [entry for entry in self.evals if entry["step"] <= step]
         self.samples = [entry for entry in self.samples if entry["step"] <= step]
         self.step = max(0, step)
@@ -177,19 +216,31 @@ class RunState:
         self.parameters, self.trainable_parameters = _number(event.get("parameters")), _number(event.get("trainable_parameters"))
 
     def _on_step(self, event: Event) -> None:
-        step = _number(event.get("step"))
-        if math.isnan(step):
-            return
-        self.step, self.epoch = int(step), _number(event.get("epoch"))
-        steps = _number(event.get("steps"))
-        self.steps = self.steps if math.isnan(steps) else int(steps)
-        self.loss_steps.append(self.step)
-        self.losses.append(_number(event.get("loss")))
-        self.grad_norms.append(_number(event.get("grad_norm")))
-        self.learning_rates.append(_number(event.get("learning_rate")))
-        self.step_tokens.append(_number(event.get("tokens")))
-        self.step_seconds.append(_number(event.get("seconds")))
-        self.step_waits.append(_number(event.get("wait_seconds")))
+        """An update that is not told as a worker tells it."""
+        step, steps = _number(event.get("step")), _number(event.get("steps"))
+        if abs(step) < LAST_STEP:  # NA compares false
+            update = {**event, "step": int(step), "steps": self.steps if math.isnan(steps) else int(steps)}
+            self._reach(update)
+            self._extend([update])
+
+    def _reach(self, update: Event) -> None:
+        """The run is at this update."""
+        self.last_time = _number(update.get("time"))
+        self.step, self.steps, self.epoch = update["step"], update["steps"], _number(update.get("epoch"))
+
+    def _extend(self, updates: list[Event]) -> None:
+        """These updates, at the end of the series."""
+        count = len(self.loss_steps)
+        self.loss_steps.extend([update["step"] for update in updates])
+        for name, series in self._figures:
+            series.extend(_numbers([update.get(name) for update in updates]))
+        self.tokens, self.seconds = sum(self.step_tokens[count:], self.tokens), sum(self.step_seconds[count:], self.seconds)
+
+    @property
+    def _figures(self) -> tuple[tuple[str, array[float]], ...]:
+        """The series beside the numbers of the updates, each with the field it is filled from."""
+        return (("loss", self.losses), ("grad_norm", self.grad_norms), ("learning_rate", self.learning_rates), ("tokens", self.step_tokens),
+                ("seconds", self.step_seconds), ("wait_seconds", self.step_waits))  # fmt: skip
 
     def _on_eval(self, event: Event) -> None:
         self.evals.append({key: _number(event.get(key)) for key in ("step", "loss", "exact_match", "n")})

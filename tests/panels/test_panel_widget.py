@@ -65,7 +65,7 @@ def test_a_resume_between_two_looks_is_noticed_though_nothing_is_shorter(panel):
 
 
 def test_figures_no_float_holds_do_not_break_a_row(panel):
-    panel.update(state_of(STARTED, *steps(1), {**steps(1, first=2)[0], "loss": 1e300, "seconds": 0, "step": 10**300}), PLAN)
+    panel.update(state_of(STARTED, *steps(1), {**steps(1, first=2)[0], "loss": 1e300, "seconds": 0, "step": 2**52}), PLAN)
     assert len(rows(panel.get_state()["history"])) == 2
 
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from random import Random
 
 import pytest
 
 import sparklab as sl
 from sparklab.errors import RunBusy, RunError, RunExists, RunNotFound
 from sparklab.files import write_json
+from sparklab.run import events as diary
 from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventReader, EventWriter
 from sparklab.run.state import RunState
@@ -89,10 +91,10 @@ def test_a_resume_rewinds_to_its_checkpoint_and_clears_the_reason():
     first = [STARTED, *(step(i) for i in range(1, 8)), {"event": "eval", "step": 4, "loss": 1.1}, {"event": "eval", "step": 6, "loss": 0.9}]
     state = state_of(*first, {"event": "stopped", "reason": "asked to stop"}, {**STARTED, "time": 2000.0, "resumed_from": 4})
     assert (state.status, state.reason, state.step) == ("running", "", 4)
-    assert state.loss_steps == [1, 2, 3, 4] and [entry["step"] for entry in state.evals] == [4]
+    assert list(state.loss_steps) == [1, 2, 3, 4] and [entry["step"] for entry in state.evals] == [4]
     for i in range(5, 8):
         state.add(step(i))
-    assert state.loss_steps == list(range(1, 8)) and state.tokens == 700
+    assert list(state.loss_steps) == list(range(1, 8)) and state.tokens == 700
     assert len({len(s) for s in (state.losses, state.grad_norms, state.learning_rates, state.step_tokens, state.step_seconds)}) == 1
 
 
@@ -100,7 +102,7 @@ def test_a_run_that_begins_anew_forgets_what_it_made_before(directory):
     """Ended before its first checkpoint: nothing of it counts twice."""
     first = [STARTED, {"event": "eval", "step": 0, "loss": 2.0}, {"event": "sample", "step": 0, "prompt": "p", "text": "t"}, step(1), step(2)]
     state = state_of(*first, *first)
-    assert (state.loss_steps, state.tokens, len(state.evals), len(state.samples), state.step) == ([1, 2], 200, 1, 1, 2)
+    assert (list(state.loss_steps), state.tokens, len(state.evals), len(state.samples), state.step) == ([1, 2], 200, 1, 1, 2)
 
 
 def test_the_best_evaluation_ignores_what_is_not_a_number():
@@ -117,7 +119,60 @@ def test_peak_memory_is_the_highest_ever_reported():
 def test_damaged_figures_become_unknown(rubbish):
     state = state_of(STARTED, step(1), step(2, loss=rubbish, grad_norm=rubbish, tokens=rubbish, seconds=rubbish))
     assert math.isnan(state.losses[-1]) and math.isnan(state.step_tokens[-1]) and state.step == 2
-    assert state_of(STARTED, {"event": "step", "step": rubbish}).loss_steps == []
+    assert not state_of(STARTED, {"event": "step", "step": rubbish}).loss_steps
+
+
+RUBBISH = [None, "many", [], {}, True, float("nan"), float("inf"), -1, 0.5, 10**400, 2**60]
+
+
+def a_rough_diary(random):
+    """Updates as a worker tells them, some of them damaged, between all that may stand between them."""
+    number = 0
+    for _ in range(300):
+        number += 1
+        event = step(number, loss=random.random(), tokens=random.randrange(9, 99), seconds=random.random(), steps=400, wait_seconds=0.001)
+        if random.random() < 0.2:
+            for name in random.sample(sorted(event.keys() - {"event"}), 3):
+                event[name] = random.choice(RUBBISH)
+        yield event
+        if random.random() < 0.1:
+            yield {
+                "event": "memory",
+                "time": 1000.0 + number,
+                "process_bytes": 1e9 + number,
+                "peak_bytes": 2e9 + number,
+                "watts": random.choice([9.5, *RUBBISH]),
+            }
+        if random.random() < 0.1:
+            yield {"event": random.choice(["eval", "sample", "warning", "checkpoint"]), "time": 1000.0 + number, "step": number, "loss": 1.0, "message": "m"}
+        if random.random() < 0.02:
+            number -= random.randrange(5)
+            yield {**STARTED, "resumed_from": number}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_many_events_at_once_add_up_as_one_by_one(seed):
+    events = list(a_rough_diary(Random(seed)))
+    together, alone = RunState(), RunState()
+    together.add_all(events)
+    for event in events:
+        alone.add(event)
+    assert repr(together) == repr(alone) and len(alone.losses) > 100 and alone.messages and alone.memory and alone.evals
+    plain, numbers = {"loss": [], "tokens": []}, []  # the same by hand, a value at a time
+    for event in events:
+        if event["event"] == "started":
+            kept = [at for at, number in enumerate(numbers) if number <= event["resumed_from"]]
+            for values in (numbers, *plain.values()):
+                del values[len(kept) :]
+        number = event.get("step")
+        if event["event"] != "step" or type(number) not in (int, float) or not abs(number) < 2**53:
+            continue
+        numbers.append(int(number))
+        for name, values in plain.items():
+            value = event.get(name)
+            values.append(float(value) if type(value) in (int, float) and abs(value) < 1e300 else math.nan)
+    assert repr(list(alone.losses)) == repr(plain["loss"]) and repr(list(alone.step_tokens)) == repr(plain["tokens"])
+    assert alone.tokens == sum(plain["tokens"]) or math.isnan(sum(plain["tokens"]))
 
 
 def test_pausing_shows_and_ends():
@@ -165,6 +220,19 @@ def test_bad_lines_are_counted_and_passed_over(tmp_path):
     path.write_bytes(b"\n".join([*bad, b'{"event": "warning", "message": "good"}']) + b"\n")
     reader = EventReader(path)
     assert [event["message"] for event in reader.read_new()] == ["good"] and reader.bad_lines == len(bad)
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 1000, 10**6])
+def test_however_many_lines_are_parsed_at_once_they_are_the_same(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(diary, "_PARSED_AT_ONCE", at_once)
+    monkeypatch.setattr(diary, "_AT_ONCE", 2000)
+    monkeypatch.setattr(diary, "LONGEST_LINE", 1500)
+    events = [{"event": "warning", "seq": number, "message": "م" * (number * 37 % 200)} for number in range(200)]
+    lines = [json.dumps(event, ensure_ascii=number % 2 == 0).encode() for number, event in enumerate(events)]
+    lines[50:50] = [b"rubbish", b'{"event": "warning"}, {"event": "warning"}', b"x" * 5000, b""]
+    (tmp_path / "events.jsonl").write_bytes(b"\n".join(lines) + b'\n{"event": "torn')
+    reader = EventReader(tmp_path / "events.jsonl")
+    assert list(reader.read_new()) == events and reader.bad_lines == 4 and list(reader.read_new()) == []
 
 
 @pytest.mark.parametrize(
