@@ -1,6 +1,7 @@
 """What looking on costs: the worker, the kernel and the page, watched and unseen, and how long a run of 100,000 steps takes to open.
 
-python benchmarks/panels.py [worker] [kernel] [opening]        (default: all; some four minutes)
+python benchmarks/panels.py [worker] [kernel] [opening]        (default: all three; some four minutes)
+python benchmarks/panels.py hours --minutes 60                 (memory of kernel and page over a long time; cheap, and may run beside other work)
 
 Needs what the browser tests need: Debian's chromium, JupyterLab.
 """
@@ -28,6 +29,7 @@ from scenes import make_directory, start_worker  # noqa: E402
 from support import write_chats  # noqa: E402
 
 import sparklab as sl  # noqa: E402
+from sparklab.box.watchdog import read_sizes  # noqa: E402
 from sparklab.data.lesson import lesson  # noqa: E402
 
 HIDE = """() => {
@@ -130,6 +132,59 @@ def kernel(folder: Path) -> dict[str, Any]:
     return found
 
 
+def hours(folder: Path, minutes: float = 60.0) -> dict[str, Any]:
+    """Memory of kernel and page, each minute, while a run of 20 steps a second is watched: what lives, after both have collected their garbage."""
+    work = folder / "work"
+    work.mkdir()
+    directory = make_directory(work / "run")
+    write_notebook(work / "watch.ipynb", [KERNEL_SIZE, "import sparklab as sl\nsl.Run.open('run').panel()"])
+    running = start_worker(directory, "--steps", 10**7, "--delay", 0.05)
+    found: list[dict[str, float]] = []
+    try:
+        with server(folder) as address, browser(folder) as context:
+            lab = Lab(context.new_page(), address)
+            lab.open("watch.ipynb")
+            devtools = context.new_cdp_session(lab.page)
+            devtools.send("Performance.enable")
+            lab.run(0)
+            lab.run(1)
+            lab.until("$('.sparklab')?.dataset.rows > 5", 60)
+            pid = int((work / "pid").read_text())
+            began = time.monotonic()
+            while time.monotonic() - began < 60 * minutes:
+                lab.page.wait_for_timeout(60_000)
+                devtools.send("HeapProfiler.collectGarbage")
+                page = {metric["name"]: metric["value"] for metric in devtools.send("Performance.getMetrics")["metrics"]}
+                line = {"minute": round((time.monotonic() - began) / 60, 1), "steps": int(lab.page.locator(".sparklab").get_attribute("data-rows") or 0),
+                        "kernel MiB": _kernel_bytes(pid) / 2**20, "heap MiB": page["JSHeapUsedSize"] / 2**20, "nodes": page["Nodes"],
+                        "listeners": page["JSEventListeners"]}  # fmt: skip
+                found.append(line)
+                print("  ".join(f"{name} {value:,.2f}" for name, value in line.items()), flush=True)
+    finally:
+        running.kill()
+        running.wait()
+    half = found[len(found) // 2 :]
+    return {
+        f"{name} an hour, {part}": round(_slope([(line["minute"], line[name]) for line in lines]), 2)
+        for name in ("kernel MiB", "heap MiB", "nodes", "steps")
+        for part, lines in (("after the first five minutes", found[5:]), ("second half", half))
+    }
+
+
+KERNEL_SIZE = "import os\nopen('pid', 'w').write(str(os.getpid()))"
+
+
+def _kernel_bytes(pid: int) -> float:
+    """What a process alone holds."""
+    return read_sizes(f"/proc/{pid}/status")["RssAnon"]
+
+
+def _slope(points: list[tuple[float, float]]) -> float:
+    """Of the line that fits best, y an hour for x in minutes."""
+    middle_x, middle_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    return 60 * sum((x - middle_x) * (y - middle_y) for x, y in points) / sum((x - middle_x) ** 2 for x, _ in points)
+
+
 def _page_seconds(devtools: Any) -> float:
     return next(metric["value"] for metric in devtools.send("Performance.getMetrics")["metrics"] if metric["name"] == "TaskDuration")
 
@@ -202,10 +257,14 @@ print(*[round(b - a, 3) for a, b in zip(seconds, seconds[1:])], len(panel.series
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", default=["worker", "kernel", "opening"])
+    parser.add_argument("--minutes", type=float, default=60.0, help="of hours")
+    options = parser.parse_args()
     os.environ["SPARKLAB_CALIBRATION"] = "off"
     os.environ["PYTHONPATH"] = str(ROOT)
-    parts: dict[str, Callable[[Path], dict[str, Any]]] = {"worker": worker, "kernel": kernel, "opening": opening}
-    for name in parser.parse_args().what:
+    parts: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "worker": worker, "kernel": kernel, "opening": opening, "hours": lambda folder: hours(folder, options.minutes),
+    }  # fmt: skip
+    for name in options.what:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             print(json.dumps({name: parts[name](Path(folder))}, indent=1), flush=True)
     print(json.dumps({"load average": os.getloadavg(), "seconds of CPU": round(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]), 1)}))

@@ -254,7 +254,7 @@ def samples(state: RunState) -> dict[str, Any]:
     latest = state.samples[-1] if state.samples else None
     return {
         "groups": [{"prompt": clean(prompt, 600), "answers": answers} for prompt, answers in groups.items()],
-        "count": len(state.samples),
+        "count": state.samples_told,
         "latest": one_line(latest["text"], 160) if latest else "",
     }
 

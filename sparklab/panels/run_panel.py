@@ -80,14 +80,14 @@ class Requests:
         except (OSError, SparklabError) as error:
             self.text = f"{command} could not be asked for: {error}"
             return
-        self._waiting[command] = len(state.messages)
+        self._waiting[command] = state.messages_told
         self.text = ASKED[command]
 
     def settle(self, state: RunState) -> bool:
         """Looks for the worker's answers; True where something changed."""
         answered = False
         for command, seen in list(self._waiting.items()):
-            reply = next((note["text"] for note in state.messages[seen:] if note["event"] == "command" and note["text"].startswith(f"{command}:")), None)
+            reply = next((note["text"] for note in state.messages_since(seen) if note["event"] == "command" and note["text"].startswith(f"{command}:")), None)
             if reply is not None or state.is_over:
                 del self._waiting[command]
                 self.text = "" if state.is_over else (reply or "")

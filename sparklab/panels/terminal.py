@@ -57,10 +57,10 @@ class ProgressLine:
 
     def update(self, state: RunState) -> None:
         """Shows what changed since the last call."""
-        for note in state.messages[self._notes :]:
+        for note in state.messages_since(self._notes):
             if note["event"] in ("warning", "command", "checkpoint"):
                 self._print(f"  {one_line(note['text'])}")
-        self._notes = len(state.messages)
+        self._notes = state.messages_told
         if self._screen:
             self._draw(progress(state, self._plan, shutil.get_terminal_size((100, 24)).columns - 1))
         elif self._worth_a_line(state):

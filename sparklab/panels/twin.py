@@ -212,4 +212,4 @@ def _notes(state: RunState) -> str:
         f'<span dir="auto" style="white-space:pre-wrap">{dot(_TONES[entry["tone"]]) if entry["tone"] else ""}{escape(entry["text"])}</span></div>'
         for entry in entries
     )
-    return fold("Messages", f"{len(state.messages):,}", f'<div style="margin:6px 0 0 0">{rows}</div>') if entries else ""
+    return fold("Messages", f"{state.messages_told:,}", f'<div style="margin:6px 0 0 0">{rows}</div>') if entries else ""

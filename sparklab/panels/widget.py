@@ -114,15 +114,15 @@ class RunPanel(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget is not a
                     "rows": len(self.series),
                     "updates": self.series.updates,
                     "stride": self.series.stride,
-                    "notes": len(state.messages),
+                    "notes": state.messages_told,
                 }
                 self.figures = {**facts.figures(state, plan, clip, self.series), "badge": facts.badge(self.series)}
                 self.curve = facts.curve(state)
                 if self._changed("memory", (latest(state).get("time"), str(state.peak_bytes), state.is_over)):
                     self.memory = memory(state, plan)
-                if self._changed("samples", facts.seen_last(state.samples)):
+                if self._changed("samples", (state.samples_told, facts.seen_last(state.samples))):
                     self.samples = facts.samples(state)
-                if self._changed("notes", facts.seen_last(state.messages)):
+                if self._changed("notes", state.messages_told):
                     self.notes = facts.notes(state)
 
     def _changed(self, name: str, mark: Any) -> bool:

@@ -17,6 +17,13 @@ Status = Literal["starting", "running", "paused", "stopped", "failed", "finished
 
 KEPT_MEMORY: Final = 240
 """Memory events kept: the last minutes; a run of weeks must not grow whoever looks on."""
+KEPT_MESSAGES: Final = 1000
+KEPT_SAMPLES: Final = 1000
+"""The latest of a run that says something all the time."""
+KEPT_EVALS: Final = 4096
+"""Evaluations kept; of more, every second goes, though never the best."""
+LONGEST_TEXT: Final = 20_000
+"""Characters kept of a text."""
 LAST_STEP: Final = 2**53
 """A number of an update from here on is none."""
 LONGEST_DRAW_SECONDS: Final = 30.0
@@ -102,13 +109,18 @@ class RunState:
     evals: list[dict[str, float]] = field(default_factory=list)
     """step, loss, and where answers were compared exact_match and n."""
     samples: list[dict[str, Any]] = field(default_factory=list)
+    """The latest: step, prompt, text."""
+    samples_told: int = 0
+    """How many there were."""
     memory: list[dict[str, Any]] = field(default_factory=list)
     """The latest readings: time, step, the sizes in bytes, pressure_percent, watts, and others (name to bytes)."""
     joules: float = NA
     """Drawn so far, where the box tells what it draws."""
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
-    """What a person should read: warnings, commands carried out, the last word."""
+    """What a person should read, the latest of it: warnings, commands carried out, the last word."""
+    messages_told: int = 0
+    """How many there were."""
     data: dict[str, Any] = field(default_factory=dict)
     rate_changes: list[dict[str, float]] = field(default_factory=list)
     """step, learning_rate (the new peak) and was, of every change on the way."""
@@ -169,6 +181,10 @@ class RunState:
         scored = [entry for entry in self.evals if not math.isnan(entry["loss"])]
         return min(scored, key=lambda entry: entry["loss"]) if scored else None
 
+    def messages_since(self, told: int) -> list[dict[str, Any]]:
+        """The messages after the first ``told``, as far as they are kept."""
+        return self.messages[max(0, len(self.messages) - max(0, self.messages_told - told)) :]
+
     def mark_lost(self, log_tail: str = "", guard: dict[str, Any] | None = None) -> None:
         """The worker is gone and left no last word: killed, or the box went down. One that never began has left its reason in the log.
 
@@ -202,7 +218,8 @@ class RunState:
             del series[keep:]
         self.tokens, self.seconds = sum(self.step_tokens, 0.0), sum(self.step_seconds, 0.0)
         self.evals = [entry for entry in self.evals if entry["step"] <= step]
-        self.samples = [entry for entry in self.samples if entry["step"] <= step]
+        kept = [entry for entry in self.samples if entry["step"] <= step]
+        self.samples, self.samples_told = kept, self.samples_told - len(self.samples) + len(kept)
         self.step = max(0, step)
 
     def _on_phase(self, event: Event) -> None:
@@ -244,13 +261,20 @@ class RunState:
 
     def _on_eval(self, event: Event) -> None:
         self.evals.append({key: _number(event.get(key)) for key in ("step", "loss", "exact_match", "n")})
+        if len(self.evals) > KEPT_EVALS:
+            best, last = self.best_eval, self.evals[-1]
+            self.evals = [entry for index, entry in enumerate(self.evals) if index % 2 == 0 or entry is best or entry is last]
 
     def _on_sample(self, event: Event) -> None:
-        self.samples.append({"step": _number(event.get("step")), "prompt": str(event.get("prompt", "")), "text": str(event.get("text", ""))})
+        words = {name: str(event.get(name, ""))[:LONGEST_TEXT] for name in ("prompt", "text")}
+        self.samples.append({"step": _number(event.get("step")), **words})
+        self.samples_told += 1
+        del self.samples[:-KEPT_SAMPLES]
 
     def _on_learning_rate(self, event: Event) -> None:
         change = {name: _number(event.get(name)) for name in ("step", "learning_rate", "was")}
         self.rate_changes.append(change)
+        del self.rate_changes[:-KEPT_MESSAGES]
         self._say(event, f"the learning rate peaks at {change['learning_rate']:.3g} from here on (it was {change['was']:.3g})")
 
     def _on_retry(self, event: Event) -> None:
@@ -273,8 +297,9 @@ class RunState:
             self.peak_bytes = entry["peak_bytes"] if math.isnan(self.peak_bytes) else max(self.peak_bytes, entry["peak_bytes"])
 
     def _on_checkpoint(self, event: Event) -> None:
-        self.checkpoints.append({"step": _number(event.get("step")), "path": str(event.get("path", "")), "bytes": _number(event.get("bytes")),
+        self.checkpoints.append({"step": _number(event.get("step")), "path": str(event.get("path", ""))[:LONGEST_TEXT], "bytes": _number(event.get("bytes")),
                                  "held_out_loss": _number(event.get("held_out_loss"))})  # fmt: skip
+        del self.checkpoints[:-KEPT_MESSAGES]
         self._say(event, f"checkpoint at step {event.get('step')}")
 
     def _on_command(self, event: Event) -> None:
@@ -300,4 +325,6 @@ class RunState:
 
     def _say(self, event: Event, text: str) -> None:
         kind = {"kind": str(event["kind"])[:40]} if event.get("kind") else {}  # of a warning: guard, nonfinite
-        self.messages.append({"event": event["event"], "time": self.last_time, "step": self.step, "text": text, **kind})
+        self.messages.append({"event": event["event"], "time": self.last_time, "step": self.step, "text": text[:LONGEST_TEXT], **kind})
+        self.messages_told += 1
+        del self.messages[:-KEPT_MESSAGES]

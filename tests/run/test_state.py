@@ -175,6 +175,26 @@ def test_many_events_at_once_add_up_as_one_by_one(seed):
     assert alone.tokens == sum(plain["tokens"]) or math.isnan(sum(plain["tokens"]))
 
 
+def test_a_run_that_never_stops_talking_does_not_grow_whoever_looks_on():
+    state = state_of(STARTED)
+    best = 3333
+    for number in range(10_000):
+        state.add_all([
+            {"event": "warning", "message": f"{number} " + "m" * 100_000}, {"event": "sample", "step": number, "prompt": "p" * 50_000, "text": f"{number}"},
+            {"event": "eval", "step": number, "loss": abs(number - best) + 1.0}, {"event": "checkpoint", "step": number, "path": "c" * 50_000},
+            {"event": "learning_rate", "step": number, "learning_rate": 1.0, "was": 2.0},
+        ])  # fmt: skip
+    assert state.messages_told == 30_000 and state.samples_told == 10_000
+    assert len(state.messages) == len(state.samples) == len(state.checkpoints) == len(state.rate_changes) == 1000 and len(state.evals) <= 4096
+    assert state.messages[-1]["text"].startswith("the learning rate") and state.samples[-1]["text"] == "9999" and state.evals[0]["step"] == 0
+    assert state.best_eval == {"step": best, "loss": 1.0, "exact_match": pytest.approx(math.nan, nan_ok=True), "n": pytest.approx(math.nan, nan_ok=True)}
+    assert state.evals[-1]["step"] == 9999 and [entry["step"] for entry in state.evals] == sorted({entry["step"] for entry in state.evals})
+    assert max(len(entry["text"]) for entry in state.messages) == max(len(entry["prompt"]) for entry in state.samples) == 20_000
+    assert state.messages_since(29_998) == state.messages[-2:] and state.messages_since(30_000) == [] and len(state.messages_since(0)) == 1000
+    state.add({**STARTED, "resumed_from": 9_500})
+    assert state.samples_told == 9_501 and len(state.samples) == 501
+
+
 def test_pausing_shows_and_ends():
     state = state_of(STARTED, {"event": "phase", "phase": "paused"})
     assert state.status == "paused"
