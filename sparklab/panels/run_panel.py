@@ -181,7 +181,7 @@ class LivePanel(Resident):
         return self._thread is None or not self._thread.is_alive()
 
     def __str__(self) -> str:
-        return f"sparklab run {self._title[0]}\n{terminal.summary(self._watch.state, self._plan)}"
+        return f"sparklab run {self._title[0]}\n{terminal.summary(self._watch.state, self._plan, self._pictured)}"
 
     def _acknowledge(self) -> None:
         if self.widget is not None:

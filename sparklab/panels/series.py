@@ -102,12 +102,12 @@ class Series:
                 self.broken += 1
                 self.first_broken = self.first_broken or steps[index]
                 continue
-            if index >= _WARM and loss > usual / weight + 10 * apart / weight and loss > 1.33 * usual / weight:
+            mean = usual / weight if weight else loss
+            if weight and index >= _WARM and loss > 1.33 * mean and loss > mean + 10 * apart / weight:
                 self.spikes += 1
                 self.last_spike = steps[index]
                 continue  # a spike does not become the usual
-            away = abs(loss - usual / weight) if weight else 0.0
-            usual, apart, weight = _BETA * usual + (1 - _BETA) * loss, _BETA * apart + (1 - _BETA) * away, _BETA * weight + (1 - _BETA)
+            usual, apart, weight = _BETA * usual + (1 - _BETA) * loss, _BETA * apart + (1 - _BETA) * abs(loss - mean), _BETA * weight + (1 - _BETA)
         self._usual, self._apart, self._weight = usual, apart, weight
 
     @staticmethod

@@ -144,9 +144,9 @@ def _sparkline(values: Sequence[float], width: int = 40) -> str:
     return "".join(" " if math.isnan(mean) else _BLOCKS[round((mean - low) / (high - low) * 7) if high > low else 0] for mean in means)
 
 
-def summary(state: RunState, plan: dict[str, Any]) -> str:
-    """What came of the run, in a few lines; the reason and the fix where it ended early."""
-    series = Series()
+def summary(state: RunState, plan: dict[str, Any], series: Series | None = None) -> str:
+    """What came of the run, in a few lines; the reason and the fix where it ended early. ``series``: its curves as far as they are known already."""
+    series = Series() if series is None else series
     series.take(state)
     head, figures, held, curve = facts.head(state), facts.figures(state, plan, series=series), memory(state, plan), facts.curve(state)
     rows = [("", f"{head['word']}, {head['step']}, {head['elapsed']}")]

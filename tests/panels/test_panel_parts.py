@@ -263,6 +263,23 @@ def test_noise_is_no_spike_and_a_spike_is():
     assert facts.badge(series_of(state)) == "1 spike, last at step 2,001"
 
 
+@pytest.mark.parametrize("loss", [1.0, -1.0, 0.0])
+def test_a_run_that_begins_without_a_number_can_still_be_drawn(loss):
+    state = state_of(STARTED, *steps(30, loss=lambda i: None), *steps(1, first=31, loss=lambda i: loss))
+    assert facts.badge(series_of(state)) == "30 NaN, first at step 1" and series_of(state).column("loss")[-1] == loss
+
+
+def test_a_copy_goes_its_own_way():
+    state = state_of(STARTED, *steps(300))
+    series = series_of(state)
+    other = series.copy()
+    state.add(steps(1, first=301)[0])
+    assert other.take(state)[0] == 300 and (len(series), len(other)) == (300, 301) and other.all()[: len(series.all())] == series.all()
+    assert other.all() == series_of(state).all()
+    series.take(state)
+    assert series.all() == other.all()
+
+
 # side by side
 
 
