@@ -21,7 +21,7 @@ from typing import Any, Final
 from torch import nn
 
 from sparklab.box import Box
-from sparklab.engine import attention, liger, lora, mlp, norm, rotary
+from sparklab.engine import attention, frozen_mlp, liger, lora, mlp, norm, rotary
 from sparklab.model import experts
 from sparklab.model.load import BaseMaker, load_model
 from sparklab.planner.recipe import Recipe
@@ -52,15 +52,16 @@ def fit(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
         return ()
     stays: Counter[str] = Counter()
     if recipe.method != "full":
-        _fit_adapters(model, stays)
+        buffer = lora.Buffer()
+        _fit_adapters(model, buffer, stays)
+        _fit_frozen(model, buffer)
     for block in list(model.modules()):
         _fit_block(block)
     sentences = [f"{count} linear layers have {reason} and train on PEFT's own code" for reason, count in stays.items()]
     return (*sentences, *([f"{liger.refusal()}; sparklab's own PyTorch computes instead"] if liger.refusal() else []))
 
 
-def _fit_adapters(model: nn.Module, stays: Counter[str]) -> None:
-    buffer = lora.Buffer()
+def _fit_adapters(model: nn.Module, buffer: lora.Buffer, stays: Counter[str]) -> None:
     for layer in list(model.modules()):
         if hasattr(layer, "lora_A") and hasattr(layer, "get_base_layer"):
             reason = lora.take_over(layer, buffer)
@@ -75,6 +76,13 @@ def _fit_adapters(model: nn.Module, stays: Counter[str]) -> None:
         if {"gate_proj", "up_proj", "down_proj"} <= ours and _is_gated(type(block).forward) and (act := mlp.gate_of(block.act_fn)) is not None:  # type: ignore[arg-type]
             block.fast_act = act  # type: ignore[assignment]
             block.__class__ = lora.mixed(type(block), mlp.GatedMLP)  # type: ignore[arg-type]
+
+
+def _fit_frozen(model: nn.Module, buffer: lora.Buffer) -> None:
+    """Gated MLPs without adapters."""
+    for block in list(model.modules()):
+        if {*frozen_mlp.NAMES} <= {name for name, _ in block.named_children()} and _is_gated(type(block).forward):
+            frozen_mlp.take_over(block, buffer)
 
 
 def _fit_block(block: Any) -> None:

@@ -57,10 +57,16 @@ def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return None if found is None else found.turn(q, k, cos, sin)
 
 
+def gates(act: str, gate: Tensor) -> bool:
+    """Whether :func:`gated` and :func:`gated_backward_` are to be had."""
+    found = _for(gate)
+    return found is not None and act in found.gated and gate.shape[-1] <= MOST_WIDE
+
+
 def gated(act: str, gate: Tensor, up: Tensor) -> Tensor | None:
     """``act(gate) * up``; None where it is not to be had."""
     found = _for(gate)
-    if found is None or act not in found.gated or gate.shape[-1] > MOST_WIDE:
+    if found is None or not gates(act, gate):
         return None
     product: Tensor = found.gated[act](gate, up)[2]
     return product
@@ -69,7 +75,7 @@ def gated(act: str, gate: Tensor, up: Tensor) -> Tensor | None:
 def gated_backward_(act: str, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor] | None:
     """The gradients of gate and up from that of :func:`gated`, written over gate and up; None where it is not to be had."""
     found = _for(gate)
-    if found is None or act not in found.gated or gate.shape[-1] > MOST_WIDE:
+    if found is None or not gates(act, gate):
         return None
     d_gate, d_up = found.gated_backward[act](gate, up, grad)
     return d_gate, d_up

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparklab.engine import liger
 from sparklab.engine.lora import Adapters, adapted, d_b, d_low, joined, low_rank
 
 _aten: Final = torch.ops.aten
@@ -24,8 +25,22 @@ _aten: Final = torch.ops.aten
 class Gate:
     """An activation: its value, and the gradient of its input from that of its value, written over the latter."""
 
+    name: str
     value: Callable[[Tensor], Tensor]
     backward_: Callable[[Tensor, Tensor], Tensor]
+
+    def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``act(gate) * up``; on CUDA by Liger's kernel where it is to be had."""
+        fused = liger.gated(self.name, gate, up)
+        return self.value(gate).mul_(up) if fused is None else fused
+
+    def gradients_(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of gate and up from that of their product, written over it, or by Liger's kernel over gate and up: none is good afterwards."""
+        fused = liger.gated_backward_(self.name, grad, gate, up)
+        if fused is not None:
+            return fused
+        d_up = self.value(gate).mul_(grad)
+        return self.backward_(grad.mul_(up), gate), d_up
 
 
 def _silu_backward_(grad: Tensor, x: Tensor) -> Tensor:
@@ -38,9 +53,9 @@ def _gelu_backward_(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
     return out
 
 
-_SILU: Final = Gate(F.silu, _silu_backward_)
-_GELU: Final = Gate(F.gelu, partial(_gelu_backward_, approximate="none"))
-_GELU_TANH: Final = Gate(partial(F.gelu, approximate="tanh"), partial(_gelu_backward_, approximate="tanh"))
+_SILU: Final = Gate("silu", F.silu, _silu_backward_)
+_GELU: Final = Gate("gelu", F.gelu, partial(_gelu_backward_, approximate="none"))
+_GELU_TANH: Final = Gate("gelu_tanh", partial(F.gelu, approximate="tanh"), partial(_gelu_backward_, approximate="tanh"))
 
 
 def gate_of(activation: nn.Module) -> Gate | None:
@@ -62,7 +77,7 @@ class _GatedMLP(torch.autograd.Function):
         low_gate, low_up = torch.split(low_TR, [gate_part.a.shape[0], up_part.a.shape[0]], 1)
         gate_TF = adapted(flat_TI, low_gate, gate_part.base, gate_part.b, gate_part.scaling)
         up_TF = adapted(flat_TI, low_up, up_part.base, up_part.b, up_part.scaling)
-        inner_TF = act.value(gate_TF).mul_(up_TF)
+        inner_TF = act.product(gate_TF, up_TF)
         low_down = low_rank(inner_TF, (down_part.a,))
         out = adapted(inner_TF, low_down, down_part.base, down_part.b, down_part.scaling)
         ctx.save_for_backward(x, gate_TF, up_TF, low_TR, low_down, *matrices)
@@ -79,11 +94,14 @@ class _GatedMLP(torch.autograd.Function):
         d_low_down = d_low(grad_TI, b_down, s_down)
         d_b_down = d_b(grad_TI, low_down, s_down, b_down)
         d_inner = (grad_TI @ down_base.weight).addmm_(d_low_down, a_down.to(grad.dtype))
-        act_TF = ctx.act.value(gate_TF)
-        inner_TF = act_TF * up_TF
+        act_TF = None if liger.gates(ctx.act.name, gate_TF) else ctx.act.value(gate_TF)
+        inner_TF = ctx.act.product(gate_TF, up_TF) if act_TF is None else act_TF * up_TF
         d_a_down = (d_low_down.t() @ inner_TF).to(a_down.dtype)
-        d_gate = ctx.act.backward_(torch.mul(d_inner, up_TF, out=inner_TF), gate_TF)
-        d_up = d_inner.mul_(act_TF)
+        if act_TF is None:
+            d_gate, d_up = ctx.act.gradients_(d_inner, gate_TF, up_TF)
+        else:
+            d_gate = ctx.act.backward_(torch.mul(d_inner, up_TF, out=inner_TF), gate_TF)
+            d_up = d_inner.mul_(act_TF)
         del act_TF, inner_TF, d_inner
 
         d_low_TR = torch.cat((d_low(d_gate, b_gate, s_gate), d_low(d_up, b_up, s_up)), 1)

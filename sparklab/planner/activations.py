@@ -25,6 +25,7 @@ RUN: Final[dict[type[Part], Run]] = {
     Norm: kernels.norm, Rotary: kernels.rotary, Attention: kernels.attention, Activation: kernels.pointwise,
     Product: kernels.pointwise, Scale: kernels.scale, Split: kernels.split, Residual: kernels.residual, Router: mixtures.router,
     Experts: mixtures.experts, Latent: mixtures.latent, fused.Linears: fused.linears, fused.GatedMlp: fused.gated_mlp,
+    fused.FrozenMlp: fused.frozen_mlp,
 }  # fmt: skip
 """For each kind of part: its forward pass now, its backward pass as what is returned."""
 FAST: Final[dict[type[Part], Run]] = {**RUN, Norm: fused.norm, Rotary: fused.rotary}

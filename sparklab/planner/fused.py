@@ -56,6 +56,11 @@ class GatedMlp(Part):
         return tuple(tensor for member in self.members for tensor in member.tensors)
 
 
+@dataclass(frozen=True)
+class FrozenMlp(GatedMlp):
+    """The same without adapters (:mod:`sparklab.engine.frozen_mlp`)."""
+
+
 def linears_of(part: Part) -> tuple[Linear, ...]:
     """The linear layers in a part."""
     return (part,) if isinstance(part, Linear) else part.members if isinstance(part, (Linears, GatedMlp)) else ()
@@ -63,7 +68,10 @@ def linears_of(part: Part) -> tuple[Linear, ...]:
 
 def fuse(parts: tuple[Part, ...], engine: Engine) -> tuple[Part, ...]:
     """The parts of a layer as the fast engine runs them; as they are where the libraries' own code runs."""
-    if not engine.fast or engine.train_base or engine.dropout_mask_bytes or engine.dora:
+    if not engine.fast or engine.train_base:
+        return parts
+    parts = with_frozen_mlps(parts, engine.adapted)
+    if engine.dropout_mask_bytes or engine.dora:
         return parts
     found: list[Part] = []
     taken: set[int] = set()
@@ -81,6 +89,16 @@ def fuse(parts: tuple[Part, ...], engine: Engine) -> tuple[Part, ...]:
         taken.update(group)
         found.append(Linears(tuple(one for one in (parts[other] for other in group) if isinstance(one, Linear))))
     return tuple(found)
+
+
+def with_frozen_mlps(parts: tuple[Part, ...], adapted: frozenset[str]) -> tuple[Part, ...]:
+    """Gated MLPs without adapters as one part each."""
+    for place in range(len(parts)):
+        match parts[place : place + 5]:
+            case (Linear() as gate, Activation(), Linear() as up, Product(), Linear() as down):
+                if gate.name == "gate_proj" and not adapted & {gate.name, up.name, down.name}:
+                    return (*parts[:place], FrozenMlp(gate, up, down), *with_frozen_mlps(parts[place + 5 :], adapted))
+    return parts
 
 
 def _gated(parts: tuple[Part, ...], engine: Engine) -> GatedMlp | None:
@@ -178,6 +196,35 @@ def gated_mlp(part: GatedMlp, tape: Tape, engine: Engine, saves: bool, grads: se
         if needs_grad:
             tape.view("d:input")
             tape.merge(f"d:{part.reads}", "d:input")
+
+    return backward
+
+
+def frozen_mlp(part: FrozenMlp, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
+    """Keeps gate and up; the activation is made again, and both gradients take the memory of what they are made of."""
+    b, inner = engine.compute_bytes, engine.compute_bytes * part.gate.outputs
+    needs_grad, keeps = part.reads in grads, "mlp:kept"
+    _base(part.gate, tape, engine, f"{keeps}:gate", inner)
+    _base(part.up, tape, engine, f"{keeps}:up", inner)
+    tape.hold("inner", inner)
+    _base(part.down, tape, engine, part.writes, b * part.down.outputs)
+    tape.drop("inner")
+    tape.marked = tape.peak
+    if needs_grad:
+        grads.add(part.writes)
+    if not (needs_grad and saves):
+        tape.drop_any(f"{keeps}:gate", f"{keeps}:up")
+
+    def backward(tape: Tape) -> None:
+        if not needs_grad:
+            return
+        _base(part.down, tape, engine, "d:gate", inner)
+        tape.hold("d:up", inner)
+        _base(part.gate, tape, engine, "d:input", b * part.gate.inputs)
+        _into(part.up, tape, engine, b * part.up.inputs)
+        tape.drop_any("d:up", "d:gate", f"{keeps}:gate", f"{keeps}:up", f"d:{part.writes}")
+        tape.view("d:input")
+        tape.merge(f"d:{part.reads}", "d:input")
 
     return backward
 

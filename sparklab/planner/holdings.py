@@ -10,6 +10,7 @@ from sparklab.model.anatomy import Anatomy, LinearGroup
 from sparklab.model.parts import Linear, Residual
 from sparklab.planner import expert_adapters
 from sparklab.planner.activations import LayerBytes, layer_bytes
+from sparklab.planner.fused import FrozenMlp, with_frozen_mlps
 from sparklab.planner.items import Item
 from sparklab.planner.kernels import Engine, has_fixed_bytes
 from sparklab.planner.notes import notes_of
@@ -64,11 +65,15 @@ class Holdings:
     # what stays the whole time
 
     @cached_property
-    def buffered(self) -> LinearGroup | None:
-        """The largest adapted linear layer where 4-bit weights are unpacked into one buffer: our kernels' on a GPU."""
-        if not (self.four_bit and self.box.is_gpu and self.recipe.engine == "fast" and not self.recipe.dropout and not self.recipe.dora):
+    def buffered(self) -> LinearGroup | Linear | None:
+        """The largest linear layer of our kernels where they unpack 4-bit weights into one buffer, on a GPU: adapted ones and those of frozen MLPs."""
+        if not (self.four_bit and self.box.is_gpu and self.recipe.engine == "fast"):
             return None
-        return max(self.adapted, key=lambda linear: linear.inputs * linear.outputs)
+        ours: list[LinearGroup | Linear] = [] if self.recipe.dropout or self.recipe.dora else [*self.adapted]
+        names = frozenset(linear.name for linear in self.adapted)
+        fitted = (part for block in self.anatomy.blocks for part in with_frozen_mlps(block.parts, names))
+        ours += [linear for part in fitted if isinstance(part, FrozenMlp) for linear in part.members]
+        return max(ours, key=lambda linear: linear.inputs * linear.outputs, default=None)
 
     @cached_property
     def adapter_parameters(self) -> int:

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from sparklab.engine import attention, fast, lora, mlp, norm, rotary
+from sparklab.engine import attention, fast, frozen_mlp, lora, mlp, norm, rotary
 from sparklab.planner.recipe import Recipe
 
 RECIPE = Recipe(model="small", data="none", rank=4)
@@ -184,6 +184,34 @@ def test_gated_mlp(act):
     x, upper = torch.randn(7, 5, requires_grad=True), torch.randn(7, 5)
     block.act_fn(x).backward(upper)
     torch.testing.assert_close(gate.backward_(upper.clone(), x.detach()), x.grad)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_a_frozen_mlp_keeps_gate_and_up_alone(act):
+    torch.manual_seed(0)
+    stock, ours = (LlamaMLP(LlamaConfig(**{**SHAPE, "hidden_act": act, "mlp_bias": True})).requires_grad_(False) for _ in range(2))
+    ours.load_state_dict(stock.state_dict())
+    fast._fit_frozen(torch.nn.ModuleList([ours]), lora.Buffer())
+    assert isinstance(ours, frozen_mlp.FrozenMLP) and isinstance(ours, LlamaMLP)
+    x, up = torch.randn(2, 2, 9, 64).unbind()
+    found, kept = [], []
+    for module in (stock, ours):
+        given = x.clone().requires_grad_()
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+            out = module(given)
+        out.backward(up)
+        found.append((out.detach(), given.grad))
+    for wanted, given in zip(*found, strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-6)
+    inner = stock.gate_proj.out_features
+    assert [tuple(tensor.shape) for tensor in kept] == [(18, inner), (18, inner)]
+    ours.up_proj.weight.requires_grad_(True)  # learns: transformers' own pass, whose weight has a gradient
+    ours(x).sum().backward()
+    assert ours.up_proj.weight.grad is not None
+    ours.up_proj = torch.nn.Linear(64, inner).requires_grad_(False)  # another layer: the one that was taken over is not asked
+    stock.up_proj = ours.up_proj
+    torch.testing.assert_close(ours(x), stock(x))
 
 
 def test_other_activations_are_left_alone():

@@ -14,8 +14,9 @@ import torch
 from family_configs import SMALL
 from whole_step import documents, recipe_of, rows_of, sparklab_update, stock_update, worst
 
-from sparklab.engine import blockwise
+from sparklab.engine import blockwise, mlp
 from sparklab.model.families import FAMILIES
+from sparklab.model.load import ATTENTION_LINEARS
 
 # (documents packed into rows, how many rows; else each in one of its own, all of them one update; checkpointed layers; loss)
 WAYS: list[tuple[bool, int, int | str, str]] = [(True, 1, "none", "chunked"), (True, 2, "all", "chunked"), (False, 0, 1, "full")]
@@ -58,6 +59,24 @@ def test_full(family, tmp_path):
     for loss, gradient, _ in distances(tmp_path, family, {"method": "full"}, WAYS[1:2]):
         assert loss < 1e-6
         assert gradient[0] < 1e-5, gradient
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "lora"), ("gemma2", "lora"), ("granite", "lora"), ("phi3", "lora"), ("llama", "qlora"), ("gemma2", "qlora")]
+)
+def test_adapters_on_attention_alone(family, method, tmp_path, monkeypatch):
+    """The MLP hands gradients through, in one function without adapters."""
+    ways = WAYS[1:2] if method == "qlora" else WAYS
+    seen = []
+    monkeypatch.setattr(mlp.Gate, "gradients_", lambda *given, real=mlp.Gate.gradients_: seen.append(given) or real(*given))
+    recipe, told = recipe_of(tmp_path / family, SMALL[family], method=method, targets="attention"), documents()
+    stock = stock_update(recipe, told, target_modules=list(ATTENTION_LINEARS))
+    for packed, rows, layers, loss in ways:
+        ours = sparklab_update(recipe.replace(checkpoint_layers=layers, loss=loss), rows_of(told, packed, rows), tmp_path / "run")
+        assert set(ours.gradients) == set(stock.gradients) and len(stock.gradients) >= 8
+        assert abs(ours.loss / stock.loss - 1) < 1e-6
+        assert worst(stock.gradients, ours.gradients)[0] < 1e-5
+    assert bool(seen) == (family != "phi3")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox", "qwen3_moe", "deepseek_v3"])

@@ -92,7 +92,10 @@ def test_qlora_of_llama_70b_by_hand() -> None:
     assert single["quantisation constants"] / weights == pytest.approx(4 / 64, rel=1e-3)
     assert lines(plan(recipe(LLAMA_70B, method="qlora", checkpoint_layers="all"), box=SPARK))["dequantisation buffer"] == 448 * 2**20
     attention = lines(plan(recipe(LLAMA_70B, method="qlora", targets="attention"), box=SPARK))
-    assert attention["dequantisation buffer"] == 2 * 8192 * 8192  # the others are unpacked by bitsandbytes, one at a time
+    assert attention["dequantisation buffer"] == 448 * 2**20  # the MLP's frozen weights go through it too
+    # the norms' inputs and the first one's result, q, k, v and the attention's, gate and up, four low-rank tensors; two roots, a sum for each head
+    own = 2 * (3 * 8192 + 2 * 8192 + 2 * 1024 + 2 * 28672 + 4 * 16) + 2 * 4 + 64 * 4
+    assert attention["activations kept"] == 2048 * (80 * own - (2 * 8192 + 4))
 
 
 def test_a_checkpointed_layer_keeps_two_bytes_a_number() -> None:
