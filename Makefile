@@ -11,7 +11,7 @@ FILES := sparklab tests examples benchmarks
 quickstart: .venv/base ## fine-tune the bundled model and show that it helped
 	$(BIN)/sparklab quickstart
 
-test: .venv/dev .venv/node .venv/ipykernel-6.31 .venv/liger ## the whole test suite, a file at a time on every core
+test: .venv/dev .venv/node .venv/ipykernel-6.31 .venv/liger .venv/trl ## the whole test suite, a file at a time on every core
 	$(TESTS)
 
 test-fast: .venv/dev ## the tests that take seconds: no training, no browser
@@ -67,6 +67,12 @@ clean:
 	@rm -rf $@
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.9.0 liger-kernel==0.8.5 \
 	|| { rm -rf $@; mkdir $@; echo "no wheel of Triton for this machine: the test of Liger's kernels will skip"; }
+	@touch $@
+
+# TRL, for the test of the benchmark beside it; torch, transformers and PEFT stay ours.
+.venv/trl: .venv/dev
+	@rm -rf $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ trl==1.16.0
 	@touch $@
 
 .venv/dev: .venv/base

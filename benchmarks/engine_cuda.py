@@ -1,10 +1,17 @@
-"""The training step at real size on one CUDA device: random weights, nothing downloaded. Not run yet: no device could be had when it was written.
+"""The training step at real size on one CUDA device, beside TRL with PEFT and Unsloth. Not run on one yet: none could be had when it was written.
 
-Run: python benchmarks/engine_cuda.py [--case NAME] [--updates 6] [--peers]   writes benchmarks/engine_cuda.md
+Run: python benchmarks/engine_cuda.py [--case NAME ...] [--by ours trl unsloth] [--updates 6] [--repeats 2] [--unsloth PYTHON] [--out FILE]
 
-Each case is a process of its own. It prints tokens per second (no padding: rows are full), the share of the bf16 matrix-product ceiling measured in the
-same process that the arithmetic LoRA needs makes of it (4 x linear weights + head's 4 + causal attention's 7 x T x width a layer; recompute not counted),
-and the peak that the allocator gave out and held. With ``--peers`` the same model goes through TRL and PEFT (Liger where it can be imported).
+Random weights at real size, nothing downloaded but TRL, which goes into a folder of its own. Unsloth wants other versions of most packages: ``--unsloth``
+is the interpreter of an environment that has it, and it reads a checkpoint, so random weights are written to disk for it. Whatever is missing, does not
+fit or fails is a row that says so.
+
+Each measurement is a process of its own; the sides take turns. A row is one document as long as itself, so nothing is padded, and packing would add
+nothing for anybody. Adapters of rank 16 on all linear layers (of a mixture: on attention). TRL comes with Liger's kernels where they can be imported,
+fp32 adapters and bf16 autocast (4 bits: bf16 adapters), as it comes. Tokens a second are the median update's, the first left out, and beside it the
+share of the bf16 matrix-product ceiling measured in the same process that the arithmetic makes which LoRA needs (4 x the weights a token meets, head
+included, and causal attention's 7 x T x width a layer; recompute not counted), and the peak that the allocator gave out and held. Without a CUDA device
+the toy goes through all of it on the CPU, which proves the script and measures nothing.
 """
 
 # ruff: noqa: PLC0415 - each process imports what it measures, and no more
@@ -13,15 +20,24 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+TRL = "trl==1.16.0"
+HERE = Path(__file__).resolve().parent
+SIDES = ("ours", "trl", "unsloth")
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 DENSE = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 16384, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA_8B = {**DENSE, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
 LLAMA_70B = {**DENSE, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
@@ -31,6 +47,9 @@ QWEN_30B_A3B = {"model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 
                 "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
                 "num_experts_per_tok": 8, "norm_topk_prob": True, "max_position_embeddings": 16384, "tie_word_embeddings": False}  # fmt: skip
 TOY = {**DENSE, "vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TOY_MIXTURE = {**QWEN_30B_A3B, "vocab_size": 500, "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 160, "num_hidden_layers": 2,
+               "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2,
+               "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 # name: (config, method, tokens in a row, which is one document, layers checkpointed)
 CASES: dict[str, tuple[dict[str, Any], str, int, str]] = {
     "8b-lora-2048": (LLAMA_8B, "lora", 2048, "none"),
@@ -41,7 +60,10 @@ CASES: dict[str, tuple[dict[str, Any], str, int, str]] = {
     "70b-qlora-2048": (LLAMA_70B, "qlora", 2048, "all"),
     "30b-a3b-lora-2048": (QWEN_30B_A3B, "lora", 2048, "all"),
     "toy": (TOY, "lora", 128, "none"),
+    "toy-qlora": (TOY, "qlora", 128, "all"),
+    "toy-mixture": (TOY_MIXTURE, "lora", 128, "all"),
 }
+TOYS = [name for name in CASES if name.startswith("toy")]
 
 
 def device() -> torch.device:
@@ -76,9 +98,53 @@ def needed_flops(config: dict[str, Any], tokens: int) -> float:
     return float(4 * weights + 7 * tokens * heads * head_dim * layers)
 
 
-def ours(config: dict[str, Any], method: str, tokens: int, layers: str, updates: int) -> list[float]:
+def ends_of_updates() -> tuple[Any, list[float]]:
+    """A callback, and the times at which updates end, which it fills."""
+    from transformers import TrainerCallback
+
+    ends: list[float] = []
+
+    class Told(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            wait()
+            ends.append(time.perf_counter())
+            control.should_save = control.should_evaluate = False
+
+    return Told(), ends
+
+
+def write_config(config: dict[str, Any], folder: Path) -> None:
+    from transformers import AutoConfig
+
+    values = dict(config)
+    AutoConfig.for_model(values.pop("model_type"), **values).save_pretrained(folder)
+
+
+def tokenizer_of(vocabulary: int) -> Any:
+    """Words t0, t1 ...: the trainers of others ask for a tokenizer though the rows are tokens already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(vocabulary)}, unk_token="t0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", bos_token="t1", eos_token="t2", unk_token="t0")
+
+
+def tokens_of(config: dict[str, Any], tokens: int, updates: int) -> list[list[int]]:
+    torch.manual_seed(0)
+    rows: list[list[int]] = torch.randint(3, config["vocab_size"], (updates, tokens)).tolist()
+    return rows
+
+
+def recipe_of(folder: Path, method: str, layers: str, tokens: int, updates: int) -> Any:
+    from sparklab.planner.recipe import Recipe
+
+    settings: dict[str, Any] = {"method": method, "checkpoint_layers": layers, "micro_batch_tokens": tokens, "max_length": tokens, "max_steps": updates}
+    return Recipe(model=str(folder), data="none", dtype="bf16", held_out=0.0, rank=16, alpha=32.0, **settings)
+
+
+def ours(config: dict[str, Any], method: str, tokens: int, layers: str, updates: int, folder: Path) -> list[float]:
     """Seconds of each update by the worker's own model and Trainer."""
-    from transformers import AutoConfig, PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback
 
     from sparklab.box import Box
     from sparklab.data.dataset import make_row
@@ -86,103 +152,214 @@ def ours(config: dict[str, Any], method: str, tokens: int, layers: str, updates:
     from sparklab.engine.fast import ready_model
     from sparklab.engine.trainer import PackedTrainer
     from sparklab.model.blank import blank_base
-    from sparklab.planner.recipe import Recipe
 
-    folder = Path(tempfile.mkdtemp())
-    values = dict(config)
-    AutoConfig.for_model(values.pop("model_type"), **values).save_pretrained(folder)
-    settings: dict[str, Any] = {"method": method, "checkpoint_layers": layers, "micro_batch_tokens": tokens, "max_length": tokens, "max_steps": updates}
-    recipe = Recipe(model=str(folder), data="none", dtype="bf16", held_out=0.0, **settings)
-    ids = torch.randint(3, config["vocab_size"], (tokens,)).tolist()
-    ends = []
-
-    class Told(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            wait()
-            ends.append(time.perf_counter())
-            control.should_save = False
-
-    rows = [make_row([Document(ids, [-100, *ids[1:]])])] * updates
-    trainer = PackedTrainer(ready_model(recipe, Box.detect(), blank_base), recipe, folder, rows, (), callback=Told())
+    write_config(config, folder)
+    recipe = recipe_of(folder, method, layers, tokens, updates)
+    rows = [make_row([Document(ids, [-100, *ids[1:]])]) for ids in tokens_of(config, tokens, updates)]
+    told, ends = ends_of_updates()
+    trainer = PackedTrainer(ready_model(recipe, Box.detect(), blank_base), recipe, folder, rows, (), callback=told)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [later - earlier for earlier, later in itertools.pairwise(ends)]
 
 
-def peer(config: dict[str, Any], method: str, tokens: int, layers: str, updates: int) -> list[float]:
-    """The same through TRL and PEFT, rows full, Liger's kernels where they can be imported."""
-    from importlib.util import find_spec
-
+def trl(config: dict[str, Any], method: str, tokens: int, layers: str, updates: int, folder: Path) -> list[float]:
+    """The same through TRL and PEFT. Weights are made in place, in 4 bits by transformers' own quantiser, since TRL would read them from files."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    if method == "qlora":
-        raise SystemExit("TRL loads 4-bit weights from files only; compare QLoRA on a model that is there")
-    values = dict(config)
-    with device():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.bfloat16)
-    ends = []
+    from sparklab.model.blank import blank_base
 
-    class Told(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            wait()
-            ends.append(time.perf_counter())
-
-    data = Dataset.from_dict({"input_ids": torch.randint(3, config["vocab_size"], (updates, tokens)).tolist()})
+    write_config(config, folder)
+    attention = "flash_attention_2" if torch.cuda.is_available() and find_spec("flash_attn") is not None else "sdpa"
+    model: Any = blank_base(recipe_of(folder, method, layers, tokens, updates), torch.bfloat16, device(), attention)
+    told, ends = ends_of_updates()
+    targets: Any = ATTENTION if "num_experts" in config else "all-linear"
     arguments = SFTConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=updates, per_device_train_batch_size=1, max_length=tokens, gradient_checkpointing=layers == "all", bf16=True,
-        use_liger_kernel=find_spec("liger_kernel") is not None, report_to=[], save_strategy="no", disable_tqdm=True,
+        output_dir=str(folder), max_steps=updates, per_device_train_batch_size=1, max_length=tokens, gradient_checkpointing=layers == "all", bf16=True,
+        use_liger_kernel=torch.cuda.is_available() and find_spec("liger_kernel") is not None, report_to=[], save_strategy="no", disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
-    SFTTrainer(model, args=arguments, train_dataset=data, peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"), callbacks=[Told()]).train()
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+    data = Dataset.from_dict({"input_ids": tokens_of(config, tokens, updates)})
+    SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer_of(config["vocab_size"]), peft_config=lora, callbacks=[told]).train()
     return [later - earlier for earlier, later in itertools.pairwise(ends)]
 
 
-def one(name: str, updates: int, by: str) -> dict[str, float]:
-    """One case in this process."""
+def unsloth(config: dict[str, Any], method: str, tokens: int, layers: str, updates: int, folder: Path) -> list[float]:
+    """The same through Unsloth, which reads weights from files and works on its own versions of transformers and TRL."""
+    FastLanguageModel = import_module("unsloth").FastLanguageModel  # before the others: it changes what comes after it
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    write_checkpoint(config, folder)
+    recompute: Any = "unsloth" if layers == "all" else False
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder),
+        max_seq_length=tokens,
+        dtype=torch.bfloat16,
+        load_in_4bit=method == "qlora",
+        use_exact_model_name=True,
+        use_gradient_checkpointing=recompute,
+    )
+    modules = ATTENTION if "num_experts" in config else [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(
+        model, r=16, target_modules=modules, lora_alpha=32, lora_dropout=0.0, bias="none", use_gradient_checkpointing=recompute, random_state=0
+    )
+    told, ends = ends_of_updates()
+    arguments = SFTConfig(
+        output_dir=str(folder), max_steps=updates, per_device_train_batch_size=1, max_length=tokens, bf16=True, report_to=[], save_strategy="no",
+        disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+    data = Dataset.from_dict({"input_ids": tokens_of(config, tokens, updates)})
+    SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[told]).train()
+    return [later - earlier for earlier, later in itertools.pairwise(ends)]
+
+
+def write_checkpoint(config: dict[str, Any], folder: Path) -> None:
+    """Random weights as files, some GB at a time, with a tokenizer. Ends the process where the disk has no room for them."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.bfloat16)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    size = 2 * sum(parameter.numel() for parameter in model.parameters())
+    if (free := shutil.disk_usage(folder).free) < 1.05 * size:
+        raise SystemExit(f"its checkpoint of random weights takes {size / 1e9:.0f} GB and {free / 1e9:.0f} GB of disk are free")
+    write_config(config, folder)
+    tokenizer_of(config["vocab_size"]).save_pretrained(folder)
+    places: dict[str, str] = {}
+    waiting: dict[str, torch.Tensor] = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        made = torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else torch.empty(shape, dtype=torch.bfloat16, device=device()).normal_(0, 0.02)
+        waiting[name] = made.cpu()
+        if number == len(shapes) - 1 or sum(tensor.nbytes for tensor in waiting.values()) > 4e9:
+            file = f"model-{len(set(places.values())) + 1:05}.safetensors"
+            save_file(waiting, folder / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(waiting, file)
+            waiting = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": places}), encoding="utf-8")
+
+
+def one(name: str, updates: int, by: str) -> dict[str, Any]:
+    """One measurement, in this process."""
     config, method, tokens, layers = CASES[name]
-    top = ceiling(8192 if torch.cuda.is_available() else 256)
-    if torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    top = ceiling(8192 if cuda else 256)
+    if cuda:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    seconds = sorted((ours if by == "ours" else peer)(config, method, tokens, layers, updates))
-    rate = tokens / seconds[len(seconds) // 2]
-    gib = (torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30) if torch.cuda.is_available() else (float("nan"),) * 2
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = {"ours": ours, "trl": trl, "unsloth": unsloth}[by](config, method, tokens, layers, updates, Path(folder))
+    rate = tokens / statistics.median(seconds)
+    gib = (torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30) if cuda else (float("nan"),) * 2
     return {
         "tokens_per_second": rate,
         "share": rate * needed_flops(config, tokens) / top,
         "ceiling_tflops": top / 1e12,
         "allocated_gib": gib[0],
         "reserved_gib": gib[1],
+        "versions": {package: version_of(package) for package in ("torch", "transformers", "peft", "trl", "unsloth", "liger-kernel")},
     }
+
+
+def version_of(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def measure(name: str, by: str, updates: int, python: str, extra: Path | None) -> dict[str, Any]:
+    """One measurement in a process of its own; where it fails, ``{"failed": why}``."""
+    command = [python, __file__, "--case", name, "--one", by, "--updates", str(updates)]
+    folders = [str(HERE.parent), *([str(extra)] if extra is not None else []), *filter(None, [os.environ.get("PYTHONPATH")])]
+    try:
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)}, capture_output=True, text=True, check=False, timeout=3600)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"failed": str(error)[:200]}
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no word"]
+        out = [line for line in said if "out of memory" in line.lower()]
+        return {"failed": f"out of memory: {out[-1][:160]}" if out else said[-1][:200] if done.returncode > 0 else f"ended by signal {-done.returncode}"}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def row(name: str, by: str, found: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
+    """A line of the table: medians of what went well, what went wrong in words."""
+    good, wrong = ([one for one in found if ("failed" in one) is failed] for failed in (False, True))
+    said = f"{len(wrong)} of {len(found)} failed: {wrong[0]['failed']}".replace("|", "/") if wrong else ""
+    if not good:
+        return f"| {name} | {by} | | | | | | | {said} |"
+    told = {key: statistics.median(one[key] for one in good) for key in good[0] if key != "versions"}
+    ours = [one["tokens_per_second"] for one in base if "failed" not in one]
+    ratio = f"{statistics.median(ours) / told['tokens_per_second']:.2f}x" if ours and by != "ours" else ""
+    each = ", ".join(f"{one['tokens_per_second']:,.0f}" for one in good)
+    return (f"| {name} | {by} | {told['tokens_per_second']:,.0f} ({each}) | {ratio} | {told['share']:.1%} | {told['ceiling_tflops']:.4g} "
+            f"| {told['allocated_gib']:.2f} | {told['reserved_gib']:.2f} | {said} |")  # fmt: skip
+
+
+def lacking(by: str, python: str) -> str:
+    """Why a side cannot be measured here at all, in words; "" where it can."""
+    if by == "unsloth" and not torch.cuda.is_available():
+        return "needs a GPU"
+    if by == "unsloth":
+        done = subprocess.run(
+            [python, "-c", "import importlib.util as u; print(u.find_spec('unsloth') is not None)"], capture_output=True, text=True, check=False
+        )
+        if "True" not in done.stdout:
+            return "not installed: python -m venv unsloth && unsloth/bin/pip install unsloth, then --unsloth unsloth/bin/python"
+    return ""
+
+
+def trl_folder() -> Path | None:
+    """The folder that holds TRL; None where it is installed anyway or cannot be had, which its rows then say."""
+    if find_spec("trl") is not None:
+        return None
+    extra = Path(tempfile.gettempdir()) / "sparklab-bench-trl"
+    if not (extra / "trl").exists():
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(extra), TRL], check=False)
+    return extra
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=list(CASES))
+    parser.add_argument("--case", nargs="+", choices=list(CASES))
+    parser.add_argument("--by", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--updates", type=int, default=6)
-    parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--one", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--unsloth", default=sys.executable, help="interpreter of an environment with Unsloth")
+    parser.add_argument("--out", type=Path, default=HERE / "engine_cuda.md")
+    parser.add_argument("--one", choices=SIDES, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        print(json.dumps(one(asked.case, asked.updates, asked.one)))
+        print(json.dumps(one(asked.case[0], asked.updates, asked.one)))
         return
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device here")
-    lines = ["# The engine on CUDA", "", f"`python benchmarks/engine_cuda.py`; {torch.cuda.get_device_name(0)}, torch {torch.__version__}.", ""]
-    lines += ["| case | by | tokens/s | share of the ceiling | ceiling TFLOP/s | allocated GiB | reserved GiB |", "|---|---|---|---|---|---|---|"]
-    for name in [asked.case] if asked.case else [name for name in CASES if name != "toy"]:
-        for by in ("ours", "peer") if asked.peers else ("ours",):
-            command = [sys.executable, __file__, "--case", name, "--one", by, "--updates", str(asked.updates)]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                lines.append(f"| {name} | {by} | failed: {(result.stderr.strip().splitlines() or ['no word'])[-1][:200]} | | | | |")
-                continue
-            found = json.loads(result.stdout.strip().splitlines()[-1])
-            lines.append(f"| {name} | {by} | {found['tokens_per_second']:,.0f} | {found['share']:.1%} | {found['ceiling_tflops']:.0f} "
-                         f"| {found['allocated_gib']:.2f} | {found['reserved_gib']:.2f} |")  # fmt: skip
-        (Path(__file__).parent / "engine_cuda.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    print("\n".join(lines))
+    cuda = torch.cuda.is_available()
+    where = f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, CUDA {torch.version.cuda}" if cuda else "no CUDA device: the script's own proof"
+    lines = ["# The engine on CUDA", "", f"`python benchmarks/engine_cuda.py {' '.join(sys.argv[1:])}`; {where}.", ""]
+    lines += ["| case | by | tokens/s, median (all) | ours is | share of the ceiling | ceiling TFLOP/s | allocated GiB | reserved GiB | what went wrong |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    extra = trl_folder() if "trl" in asked.by else None
+    missing = {by: lacking(by, asked.unsloth) for by in asked.by}
+    versions: dict[str, Any] = {}
+    for name in asked.case or ([case for case in CASES if case not in TOYS] if cuda else TOYS):
+        found: dict[str, list[dict[str, Any]]] = {by: [{"failed": why}] if why else [] for by, why in missing.items()}
+        for _ in range(asked.repeats):  # taking turns
+            for by in asked.by:
+                if not missing[by]:
+                    found[by].append(measure(name, by, asked.updates, asked.unsloth if by == "unsloth" else sys.executable, extra if by == "trl" else None))
+                    versions |= {by: found[by][-1].get("versions", versions.get(by))}
+        lines += [row(name, by, found[by], found.get("ours", [])) for by in asked.by]
+        told = "; ".join(f"{by}: {', '.join(f'{k} {v}' for k, v in found.items() if v)}" for by, found in versions.items() if found)
+        asked.out.write_text("\n".join([*lines, "", f"Versions. {told}", ""]), encoding="utf-8")
+    print(asked.out.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
