@@ -93,12 +93,15 @@ def measure(seconds={WATCHED_SECONDS}):
 """
 
 
+CLOSE = "run._panel.freeze(); run._panel.widget.close()"
+
+
 def kernel(folder: Path) -> dict[str, Any]:
     """CPU of a whole kernel process, and of the page, while a run of 20 steps a second is watched, unseen, and not there at all."""
     work = folder / "work"
     work.mkdir()
     directory = make_directory(work / "run")
-    write_notebook(work / "watch.ipynb", [MEASURE, "measure()", "import sparklab as sl\nsl.Run.open('run').panel()"])
+    write_notebook(work / "watch.ipynb", [MEASURE, "measure()", "import sparklab as sl\nrun = sl.Run.open('run'); run.panel()", CLOSE])
     running = start_worker(directory, "--steps", 20_000, "--delay", 0.05)
     found = {}
     try:
@@ -109,12 +112,16 @@ def kernel(folder: Path) -> dict[str, Any]:
             devtools.send("Performance.enable")
 
             def look(name: str) -> None:
-                before = _page_seconds(devtools)
+                devtools.send("HeapProfiler.collectGarbage")  # what came before is not this look's
+                before = _page_metrics(devtools)
                 lab.run(1)
+                after = _page_metrics(devtools)
                 text = lab.page.locator(".jp-OutputArea-output").filter(has_text="0.").first.inner_text()
                 share, rss = map(float, text.split())
                 found[name] = {"kernel share of a core": f"{100 * share:.2f} %", "kernel MiB": round(rss / 2**20, 1),
-                               "page share of a core": f"{100 * (_page_seconds(devtools) - before) / WATCHED_SECONDS:.2f} %",
+                               "page share of a core": f"{100 * (after['TaskDuration'] - before['TaskDuration']) / WATCHED_SECONDS:.2f} %",
+                               "page, its scripts": f"{100 * (after['ScriptDuration'] - before['ScriptDuration']) / WATCHED_SECONDS:.2f} %",
+                               "page laid out": int(after["LayoutCount"] - before["LayoutCount"]),
                                "page heap MiB": round(lab.page.evaluate("performance.memory.usedJSHeapSize") / 2**20, 1)}  # fmt: skip
 
             lab.run(0)
@@ -126,6 +133,9 @@ def kernel(folder: Path) -> dict[str, Any]:
             lab.page.evaluate(HIDE)
             lab.page.wait_for_timeout(3000)
             look("in a hidden tab")
+            lab.run(3)
+            running.kill()
+            look("nothing watched, later")
     finally:
         running.kill()
         running.wait()
@@ -154,7 +164,7 @@ def hours(folder: Path, minutes: float = 60.0) -> dict[str, Any]:
             while time.monotonic() - began < 60 * minutes:
                 lab.page.wait_for_timeout(60_000)
                 devtools.send("HeapProfiler.collectGarbage")
-                page = {metric["name"]: metric["value"] for metric in devtools.send("Performance.getMetrics")["metrics"]}
+                page = _page_metrics(devtools)
                 line = {"minute": round((time.monotonic() - began) / 60, 1), "steps": int(lab.page.locator(".sparklab").get_attribute("data-rows") or 0),
                         "kernel MiB": _kernel_bytes(pid) / 2**20, "heap MiB": page["JSHeapUsedSize"] / 2**20, "nodes": page["Nodes"],
                         "listeners": page["JSEventListeners"]}  # fmt: skip
@@ -185,8 +195,8 @@ def _slope(points: list[tuple[float, float]]) -> float:
     return 60 * sum((x - middle_x) * (y - middle_y) for x, y in points) / sum((x - middle_x) ** 2 for x, _ in points)
 
 
-def _page_seconds(devtools: Any) -> float:
-    return next(metric["value"] for metric in devtools.send("Performance.getMetrics")["metrics"] if metric["name"] == "TaskDuration")
+def _page_metrics(devtools: Any) -> dict[str, float]:
+    return {metric["name"]: metric["value"] for metric in devtools.send("Performance.getMetrics")["metrics"]}
 
 
 def write_long_run(directory: Any, steps: int) -> None:

@@ -171,7 +171,7 @@ def _norm_note(state: RunState, clip: float) -> str:
     """The clip line, and how many of the last updates reached it."""
     if is_na(clip):
         return "before clipping"
-    recent = [norm for norm in state.grad_norms[-200:] if not is_na(norm)]
+    recent = [norm for norm in state.grad_norms[-200:] if norm == norm]  # noqa: PLR0124 - not NA, four times a second
     return f"clipped at {clip:g}" + (f", {_percent(sum(norm > clip for norm in recent) / len(recent))} of updates" if recent else "")
 
 

@@ -21,7 +21,7 @@ from sparklab.run.state import RunState
 if TYPE_CHECKING:
     from sparklab.panels.widget import RunPanel
 
-BUSY_SECONDS: Final = 0.2
+BUSY_SECONDS: Final = 0.25
 """Between two looks while events come: as fast as an eye wants, far below what a kernel feels."""
 IDLE_SECONDS: Final = 1.0
 """Between two looks while nothing comes; the clock still ticks."""
@@ -29,8 +29,10 @@ UNSEEN_SECONDS: Final = 5.0
 """Between two looks while no page shows the panel."""
 KEEP_SECONDS: Final = 20.0
 """Between two pictures of a run that goes on."""
-SHARE: Final = 0.008
-"""Of a core, at most, for looking on: whoever is slow looks less often."""
+UNSEEN_KEEP_SECONDS: Final = 600.0
+"""Between two while no page shows the panel: each is drawn, sent, checked and put into the page, which is all that a hidden tab would cost."""
+SHARE: Final = 0.006
+"""Of a core, at most, for looking on: whoever is slow looks less often. Sending takes half as much again on the kernel's own threads."""
 
 ASKED: Final = {
     "stop": "Stopping…",
@@ -193,7 +195,7 @@ class LivePanel(Resident):
 
     def _follow(self) -> None:
         """The thread: looks, rests, keeps a picture now and then, and leaves the twin when nothing more will come."""
-        pause = BUSY_SECONDS
+        pause, seen = BUSY_SECONDS, True
         while not self._done.is_set():
             self._wake.wait(pause)
             self._wake.clear()
@@ -205,13 +207,16 @@ class LivePanel(Resident):
             if self._watch.over:
                 self.freeze()
                 return
-            self._keep_now_and_then()
-            seen = self.widget is None or self.widget.watched
+            was, seen = seen, self.widget is None or self.widget.watched
+            self._keep_now_and_then(seen, left=was and not seen)
             pause = max(BUSY_SECONDS if news and seen else min(IDLE_SECONDS if seen else UNSEEN_SECONDS, pause * 1.5), cost / SHARE)
 
-    def _keep_now_and_then(self) -> None:
-        """A picture of the run as it is, for whoever finds the notebook without its kernel; rarer where it takes long to draw."""
-        if self._apart or time.monotonic() - self._kept_at < self._keep_every:
+    def _keep_now_and_then(self, seen: bool, left: bool) -> None:
+        """A picture of the run as it is, for whoever finds the notebook without its kernel: one when the last page has ``left``, and others rarer where
+        nobody looks or it takes long to draw.
+        """
+        every = self._keep_every if seen else max(self._keep_every, UNSEEN_KEEP_SECONDS)
+        if self._apart or (time.monotonic() - self._kept_at < every and not left):
             return
         began = time.thread_time()
         self._keep()

@@ -212,6 +212,34 @@ def test_nobody_looking_costs_nothing_and_coming_back_shows_all(directory, kerne
     assert panel.join(10) and panel.widget.head["status"] == "finished", "the end reaches a page that looks away"
 
 
+def test_a_page_that_looks_away_gets_one_picture_and_then_none(directory, kernel, monkeypatch):
+    monkeypatch.setattr(run_panel, "UNSEEN_SECONDS", 0.3)
+    monkeypatch.setattr(run_panel, "KEEP_SECONDS", 0.5)
+    release = hold(directory)
+    write(directory, STARTED, *steps(5))
+    panel = run_panel.show(directory)
+    panel._keep_every = 0.5
+    wait_for(lambda: len(kernel[0].bundles) >= 3)
+    panel._keep_every = 1000.0
+    write(directory, *steps(5, first=6))
+    wait_for(lambda: panel.widget.head["rows"] == 10)
+    pictures = len(kernel[0].bundles)
+    assert "step 10 of 100" not in kernel[0].bundles[-1]["text/html"]
+    panel.widget._receive(None, {"command": "seen", "page": "a", "seen": False}, [])
+    wait_for(lambda: len(kernel[0].bundles) == pictures + 1)
+    assert "step 10 of 100" in kernel[0].bundles[-1]["text/html"], "as it was when the page was left"
+    panel._keep_every = 0.5
+    write(directory, *steps(5, first=11))
+    wait_for(lambda: panel._watch.state.step == 15)
+    time.sleep(1.2)
+    assert len(kernel[0].bundles) == pictures + 1
+    panel.widget._receive(None, {"command": "seen", "page": "a", "seen": True}, [])
+    wait_for(lambda: "step 15 of 100" in kernel[0].bundles[-1]["text/html"])
+    panel.freeze()
+    assert panel.join(10)
+    release()
+
+
 def test_a_prompt_goes_with_the_button(directory, kernel):
     release = hold(directory)
     write(directory, STARTED, *steps(1))

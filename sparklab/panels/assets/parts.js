@@ -214,7 +214,7 @@ function lookAt(model, root) {
   return () => { observer.disconnect(); document.removeEventListener("visibilitychange", look); clearInterval(timer); };
 }
 
-/** A stacked bar: parts of {gib, colour, hatched, name, text} on a scale, and a line. Nodes are kept, so that widths glide. */
+/** A stacked bar: parts of {gib, colour, hatched, name, text} on a scale, and a line. Nodes are kept; nothing glides, as that would lay the page out sixty times a second. */
 function stackBar(bar, parts, scale, line) {
   while (bar.childElementCount > parts.length + 1) bar.lastElementChild.remove();
   while (bar.childElementCount < parts.length + 1) bar.insertBefore(make("div"), bar.firstElementChild);
