@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparklab.engine import products
 from sparklab.engine.blockwise import attend
 from sparklab.errors import ModelError
 
@@ -107,7 +108,10 @@ class _PerDocument(torch.autograd.Function):
         outs = [tensor.new_empty((1, tensor.shape[2], tensor.shape[1], tensor.shape[3])) for tensor in (query, key, value)]
         pieces = _documents(ctx.lengths, query, key, value, out.transpose(1, 2), grad.transpose(1, 2))
         for sums, (place, q, k, v, o, g) in zip(lse, pieces, strict=True):
-            parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, sums, 0.0, True, scale=ctx.scale)
+            if query.dtype == torch.bfloat16:
+                parts = products.backward(g, q, k, v, o, sums, ctx.scale)
+            else:
+                parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, sums, 0.0, True, scale=ctx.scale)
             for whole, part in zip(outs, parts, strict=True):
                 whole[:, place] = part.transpose(1, 2)
             del parts, part

@@ -10,7 +10,6 @@ from sparklab.box import Box
 from sparklab.model.anatomy import Anatomy
 from sparklab.units import GIB, MIB, is_na
 
-CHUNK_TOKENS: Final = 1024  # tokens whose logits the chunked loss makes at once
 ANSWERS_AT_ONCE: Final = 64  # most prompts answered together
 CACHE_BYTES: Final = 1.0 * GIB  # most keys and values held while answering, unless a single answer needs more
 CUBLAS_BYTES: Final = 32.0 * MIB  # its workspace on sm_9x, 10x and 12x, inside the allocator
@@ -25,6 +24,21 @@ def cache_bytes_per_token(anatomy: Anatomy, width: int) -> int:
 def answers_at_once(anatomy: Anatomy, length: int, width: int) -> int:
     """How many answers of at most ``length`` tokens, prompt included, are generated together: up to 64, while their cache stays within 1 GiB."""
     return max(1, min(ANSWERS_AT_ONCE, int(CACHE_BYTES / (length * cache_bytes_per_token(anatomy, width)))))
+
+
+@dataclass(frozen=True)
+class LossTile:
+    """How much the chunked loss (:mod:`sparklab.engine.loss`) has at once."""
+
+    tokens: int
+    """Whose logits are made by one product."""
+    rows: int
+    """Of these, how many are in fp32."""
+
+
+def loss_tile(on_gpu: bool) -> LossTile:
+    """The fastest sizes measured on a CPU (benchmarks/LOG.md); on a GPU as many tokens as keep the head's product bound by arithmetic, not by reading it."""
+    return LossTile(1024, 256) if on_gpu else LossTile(512, 32)
 
 
 @dataclass(frozen=True)

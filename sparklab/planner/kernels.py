@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from sparklab.model.parts import Activation, Attention, Linear, Norm, Part, Product, Residual, Rotary, Router, Scale, Split
+from sparklab.planner.products import held_bytes
 from sparklab.planner.tape import Tape
 
 Backward = Callable[[Tape], None]
@@ -358,7 +359,8 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
                 tape.spike(keys)
             if name in grads:
                 tape.accumulate(f"d:{name}", size)
-        tape.spike(document * (queries + 2 * keys))
+        products = held_bytes(engine.longest, part.heads, part.kv_heads, part.head_dim) / engine.tokens
+        tape.spike(products if document and b == 2 else document * (queries + 2 * keys))
         tape.drop_any("pieces", out, f"{part.writes}:lse", *(f"{kept}:{name}" for name in sizes))
         tape.drop_any("padded gradient", gradient)
 

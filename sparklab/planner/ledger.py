@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Final
 
 from sparklab.model.anatomy import DTYPE_BYTES
-from sparklab.planner.items import CHUNK_TOKENS, Item, Moment, answers_at_once, cache_bytes_per_token, runtime, slack
+from sparklab.planner.items import Item, Moment, answers_at_once, cache_bytes_per_token, runtime, slack
 from sparklab.planner.step import Step
 from sparklab.planner.tape import Peak
 
@@ -37,11 +37,9 @@ class Ledger(Step):
         tokens, hidden, width = self.tokens, self.anatomy.hidden, self.width
         vocabulary, work = self.anatomy.vocabulary, self._at_work(self._plain, "one layer forward, nothing kept")
         if self.recipe.loss == "chunked":
-            rows = min(CHUNK_TOKENS, tokens)
             tile: tuple[Item, ...] = (
                     Item("loss", 2.0 * hidden * width * tokens, lambda: f"hidden states, all and supervised: {tokens:,} x 2 x {hidden:,} x {width} B"),
-                    Item("loss tile", 4.0 * rows * vocabulary, lambda: f"{rows:,} tokens x {vocabulary:,} logits x 4 B"),
-                    *self._beside_the_tile(rows, slope=False))  # fmt: skip
+                    *self._loss_tile(slope=False))  # fmt: skip
         else:
             tile = (Item("loss", 1.0 * hidden * width * tokens, lambda: f"hidden states: {tokens:,} x {hidden:,} x {width} B"),
                     Item("all logits", 8.0 * tokens * vocabulary, lambda: f"{tokens:,} tokens x {vocabulary:,} x 8 B (in fp32, and log-softmax)"))  # fmt: skip

@@ -11,7 +11,7 @@ from sparklab.model.parts import Experts, Part
 from sparklab.planner import expert_adapters
 from sparklab.planner.fused import linears_of
 from sparklab.planner.holdings import Holdings
-from sparklab.planner.items import CHUNK_TOKENS, Item, Moment
+from sparklab.planner.items import Item, Moment, loss_tile
 from sparklab.planner.tape import Peak
 
 
@@ -129,10 +129,8 @@ class Step(Holdings):
         after = self.tail.kept + hidden * width
         items = [*self._kept(anatomy.layers), Item("last norm", after * tokens, lambda: f"{after:,.0f} B a token x {tokens:,} tokens")]
         if self.recipe.loss == "chunked":
-            rows = min(CHUNK_TOKENS, tokens)
             items.append(Item("loss", 2.0 * hidden * width * tokens, lambda: f"supervised states, their gradients: {tokens:,} x 2 x {hidden:,} x {width} B"))
-            items.append(Item("loss tile", 4.0 * rows * vocabulary, lambda: f"{rows:,} tokens x {vocabulary:,} logits x 4 B"))
-            items += self._beside_the_tile(rows, anatomy.capped_logits)
+            items += self._loss_tile(anatomy.capped_logits)
         else:
             each = self.logits_bytes + (4.0 if anatomy.capped_logits else 0.0)
             items.append(Item("all logits", each * tokens * vocabulary, lambda: f"{tokens:,} tokens x {vocabulary:,} x {each:.0f} B (with all gradients)"))
@@ -144,11 +142,14 @@ class Step(Holdings):
             items.append(Item("head gradient at work", max(0.0, left), lambda: f"made with the loss: {vocabulary:,} x {hidden:,} x {width} B"))
         return Moment("loss", tuple(items))
 
-    def _beside_the_tile(self, rows: int, slope: bool) -> list[Item]:
-        """What the chunked loss holds beside its fp32 tile: the product in the head's narrower type, or, later, the slope of capped logits."""
-        each, what = (4, "the slope of the capped logits") if slope else (self.width if self.width < 4 else 0, f"the tile in {self.dtype} first")
-        vocabulary = self.anatomy.vocabulary
-        return [Item("loss workspace", float(each * rows * vocabulary), lambda: f"{what}, {rows:,} x {vocabulary:,} x {each} B")] if each else []
+    def _loss_tile(self, slope: bool) -> list[Item]:
+        """What the chunked loss makes: logits in the head's type, and some of their rows in fp32, where capped ones have a slope beside them."""
+        sizes, width, vocabulary = loss_tile(self.box.is_gpu), self.width, self.anatomy.vocabulary
+        tokens, rows = min(sizes.tokens, self.tokens), min(sizes.rows, self.tokens)
+        each = (4 if width < 4 else 0) + (4 if slope else 0)
+        items = [Item("loss tile", float(tokens * vocabulary * width), lambda: f"{tokens:,} tokens x {vocabulary:,} logits x {width} B")]
+        work = Item("loss workspace", float(each * rows * vocabulary), lambda: f"of {rows:,} of them in fp32: {vocabulary:,} x {each} B")
+        return [*items, work] if each else items
 
     def _tail_backward(self) -> Moment:
         """The start of the backward pass: the loss's gradient is spread over all tokens, then the last norm."""

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparklab.engine.loss import IGNORE, chunked_cross_entropy, full_cross_entropy
+from sparklab.planner.items import LossTile
 
 T, H, V = 50, 16, 301
 
@@ -18,14 +19,14 @@ def case(dtype=torch.float64, supervised=0.6):
     return hidden, head, labels
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1024])
-def test_loss_and_gradients_equal_the_plain_ones(chunk):
+@pytest.mark.parametrize("sizes", [LossTile(1, 1), LossTile(7, 3), LossTile(8, 4), LossTile(1024, 32)])
+def test_loss_and_gradients_equal_the_plain_ones(sizes):
     hidden, head, labels = case()
     plain = full_cross_entropy(hidden, head, labels, 17)
     (2 * plain).backward()
     expected = hidden.grad.clone(), head.grad.clone()
     hidden.grad = head.grad = None
-    ours = chunked_cross_entropy(hidden, head, labels, 17, chunk)
+    ours = chunked_cross_entropy(hidden, head, labels, 17, sizes)
     (2 * ours).backward()
     # logits and softmax are fp32 in both, so fp64 inputs agree to fp32's precision
     torch.testing.assert_close(ours.double(), plain.double(), rtol=1e-6, atol=0)
@@ -39,7 +40,7 @@ def test_frozen_head_gets_no_gradient_and_hidden_the_same():
     expected = hidden.grad.clone()
     hidden.grad = None
     frozen = head.detach()
-    chunked_cross_entropy(hidden, frozen, labels, 5, 8).backward()
+    chunked_cross_entropy(hidden, frozen, labels, 5, LossTile(8, 3)).backward()
     torch.testing.assert_close(hidden.grad, expected, rtol=1e-4, atol=1e-7)
     assert frozen.grad is None
 
@@ -83,7 +84,7 @@ class _Largest(TorchDispatchMode):
 def test_only_the_plain_loss_ever_holds_all_logits(loss, holds_all):
     hidden, head, labels = case(torch.float32, supervised=1.0)
     with _Largest() as largest:
-        options = {} if holds_all else {"chunk": 10}
+        options = {} if holds_all else {"sizes": LossTile(10, 4)}
         loss(hidden, head.detach(), labels, 5, **options).backward()
     assert (largest.elements >= T * V) == holds_all
     assert largest.elements >= 10 * V  # the tile itself was seen, so the watcher works

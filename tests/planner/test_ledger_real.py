@@ -21,7 +21,8 @@ SHAPE: dict[str, Any] = {
 
 # (changes of the shape, changes of the recipe, documents in the row)
 GRID: list[tuple[dict[str, Any], dict[str, Any], int]] = [
-    ({}, {}, 1),
+    ({}, {"max_length": 256}, 1),
+    ({}, {"max_length": 1024, "micro_batch_tokens": 1024}, 1),
     ({}, {"dtype": "fp32"}, 4),
     ({}, {"checkpoint_layers": "all"}, 4),
     ({}, {"checkpoint_layers": "all", "dtype": "fp32"}, 4),
@@ -58,7 +59,7 @@ def stays(ledger: Ledger) -> tuple[Any, ...]:
 
 
 def test_the_grid_is_wide() -> None:
-    assert len(GRID) == 19
+    assert len(GRID) == 20
     assert {recipe.get("method", "lora") for _, recipe, _ in GRID} == {"full", "lora", "qlora"}
 
 
@@ -69,7 +70,7 @@ def test_planned_is_measured(shape: dict[str, Any], changes: dict[str, Any], doc
     measured = measured_peak(config, recipe, documents)
     planned = planned_peak(config, recipe)
     # The ledger counts the dequantised weight throughout a 4-bit layer's backward pass, the real peak may fall where none is held.
-    assert planned == pytest.approx(measured, rel=0.03 if recipe.method == "qlora" else 0.01)
+    assert planned == pytest.approx(measured, rel=0.03 if recipe.method == "qlora" else 0.02)
 
 
 # (changes of the recipe, documents in the row), for every family
@@ -87,7 +88,7 @@ FAMILY_GRID: list[tuple[dict[str, Any], int]] = [
 @pytest.mark.parametrize(("changes", "documents"), FAMILY_GRID)
 def test_planned_is_measured_in_every_family(family: str, changes: dict[str, Any], documents: int) -> None:
     recipe = Recipe(**{"model": "small", "data": "none", "micro_batch_tokens": 256, "max_length": 64, "dtype": "bf16", **changes})
-    assert planned_peak(SMALL[family], recipe) == pytest.approx(measured_peak(SMALL[family], recipe, documents), rel=0.01)
+    assert planned_peak(SMALL[family], recipe) == pytest.approx(measured_peak(SMALL[family], recipe, documents), rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "gemma2", "gpt_neox", "phi3", "qwen3_moe"])
@@ -100,4 +101,4 @@ def test_planned_is_measured_in_4_bits(family: str) -> None:
 def test_planned_is_measured_over_several_chunks_of_the_loss(dtype: str) -> None:
     config = {**SHAPE, "vocab_size": 8000}
     recipe = Recipe(model="small", data="none", micro_batch_tokens=1280, max_length=256, dtype=dtype)  # type: ignore[arg-type]
-    assert planned_peak(config, recipe) == pytest.approx(measured_peak(config, recipe, 5), rel=0.01)
+    assert planned_peak(config, recipe) == pytest.approx(measured_peak(config, recipe, 5), rel=0.02)
