@@ -86,13 +86,11 @@ def _rates(known: dict[str, Any] | None) -> dict[str, Any]:
 
 def _cpu(root: Path) -> dict[str, Any]:
     """This machine's processor and its memory, within the limit of the container it runs in."""
-    memory = read_memory(root / "proc")
+    memory = read_memory(root / "proc").within_limit()
     info = _first_fields(root / "proc" / "cpuinfo")
     flags = set((info.get("flags") or info.get("Features") or "").split())
     cores = _count_cores(root / "proc" / "cpuinfo")
-    limit, used = _container_limit(root)
-    total = memory.total_bytes if is_na(limit) else min(memory.total_bytes, limit)
-    available = memory.available_bytes if is_na(limit) else min(memory.available_bytes, max(0.0, limit - used))
+    total = memory.total_bytes
     native_bf16 = bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
     fp32_flops = _cpu_flops(info, flags, cores)
     return {
@@ -101,7 +99,7 @@ def _cpu(root: Path) -> dict[str, Any]:
         "is_gpu": False,
         "unified": False,
         "memory_bytes": total,
-        "available_bytes": available,
+        "available_bytes": memory.available_bytes,
         "fp32_flops": fp32_flops,
         # AMX tiles do 16 times the work of a 512-bit vector; plain bf16 vectors do twice that of fp32.
         "bf16_flops": fp32_flops * (16 if "amx_bf16" in flags else 2) if native_bf16 else NA,
@@ -111,7 +109,7 @@ def _cpu(root: Path) -> dict[str, Any]:
         "runtime_bytes": CPU_RUNTIME_BYTES,
         "sources": {"chip": "measured", "memory_bytes": "measured", "available_bytes": "measured", "has_native_bf16": "measured",
                     "fp32_flops": "assumed", "bf16_flops": "assumed", "reserve_bytes": "assumed", "runtime_bytes": "measured"},
-        "note": "Within the memory limit of this container." if not is_na(limit) and limit < memory.total_bytes else "",
+        "note": "Within the memory limit of this container." if not is_na(memory.limit_bytes) else "",
     }  # fmt: skip
 
 
@@ -152,15 +150,6 @@ def _count_cores(path: Path) -> int:
         return len(re.findall(r"^processor\s*:", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE))
     except OSError:
         return 0
-
-
-def _container_limit(root: Path) -> tuple[float, float]:
-    """(limit, in use) in bytes of the memory control group this process is in (version 2); NA where there is no limit."""
-    folder = root / "sys/fs/cgroup"
-    try:
-        return float((folder / "memory.max").read_text()), float((folder / "memory.current").read_text())
-    except (OSError, ValueError):  # the file says "max" where there is no limit
-        return NA, NA
 
 
 def _mac(run: Runner) -> dict[str, Any]:

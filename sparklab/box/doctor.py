@@ -154,7 +154,8 @@ class Examination:
     def __init__(self, machine: Machine, disk: tuple[Path, float] | None = None) -> None:
         self.machine, self.disk = machine, disk
         self.box = Box(**detect_facts(machine.root, machine.run))
-        self.memory: MemorySnapshot = read_memory(machine.root / "proc")
+        memory = read_memory(machine.root / "proc")
+        self.memory: MemorySnapshot = memory if self.box.is_gpu and self.box.unified else memory.within_limit()
         self.torch = machine.ask_torch()
         devices = self.torch.get("devices") or []
         self.capability = tuple(devices[0]["capability"]) if devices else (0, 0)
@@ -306,12 +307,14 @@ class Examination:
             yield Finding("guard", "ok", "it can read MemAvailable, swap traffic and PSI")
 
     def _container(self) -> Iterator[Finding]:
-        try:
-            limit = float((self.machine.root / "sys/fs/cgroup/memory.max").read_text())
-        except (OSError, ValueError):
+        limit, room = self.memory.limit_bytes, self.memory.room_bytes
+        if is_na(limit):
             return
+        told = f"this container may have {format_bytes(limit)}, of which {format_bytes(room)} are left"
         if self.box.unified and self.box.is_gpu:
-            yield Finding("container", "note", f"its limit of {format_bytes(limit)} does not hold what CUDA takes on a unified box; the guard does")
+            yield Finding("container", "note", f"{told}; that limit does not hold what CUDA takes on a unified box, the guard does")
+        else:
+            yield Finding("container", "ok", f"{told}: plans and guard go by that")
 
     # where it is written and shown
 

@@ -114,7 +114,9 @@ class LiveMeter:
             then, device, others = self._dear
             age = time.monotonic() - then
         swap_in, swap_out = self._swap_rates()
-        return Look(memory=read_memory(self._proc), swap_in_rate=swap_in, swap_out_rate=swap_out, allocated_bytes=allocated, reserved_bytes=reserved,
+        memory = read_memory(self._proc)
+        memory = memory if self._unified else memory.within_limit()
+        return Look(memory=memory, swap_in_rate=swap_in, swap_out_rate=swap_out, allocated_bytes=allocated, reserved_bytes=reserved,
                     device=device, device_bytes=device.held.get(os.getpid(), NA), others=others, age_seconds=age)  # fmt: skip
 
     def look_dearly(self) -> None:

@@ -7,11 +7,11 @@ unified box. Every field is ``NA`` where the system does not tell (macOS, a cont
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparklab.box.watchdog import read_pressure, read_sizes
+from sparklab.box.watchdog import read_group, read_pressure, read_sizes
 from sparklab.units import NA, format_bytes, is_na, jsonable
 
 
@@ -33,10 +33,27 @@ class MemorySnapshot:
     """Share of the last ten seconds in which some task waited for memory (PSI some avg10), in percent."""
     stalled_percent: float = NA
     """Share in which all of them waited (PSI full avg10), in percent."""
+    limit_bytes: float = NA
+    """The most this container may have, where that is less than the system has."""
+    room_bytes: float = NA
+    """What is left of that limit, page cache that can go counted as left."""
+    limit_free_bytes: float = NA
+    """What is left of it without that."""
     rss_bytes: float = NA
     """What the process holds in memory."""
     rss_peak_bytes: float = NA
     """The most it ever held (VmHWM)."""
+
+    def within_limit(self) -> MemorySnapshot:
+        """The pool as far as this container may have it: the same where it has no limit of its own.
+
+        Not for a unified box's pool: there the limit does not hold what CUDA takes.
+        """
+        if is_na(self.limit_bytes):
+            return self
+        free = min(self.free_bytes, self.limit_free_bytes)
+        return replace(self, total_bytes=self.limit_bytes, available_bytes=min(self.available_bytes, self.room_bytes), free_bytes=free,
+                       cached_bytes=min(self.cached_bytes, self.room_bytes - self.limit_free_bytes))  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Field names to values for JSON; unknown is None."""
@@ -53,6 +70,7 @@ class MemorySnapshot:
 def read_memory(proc: Path = Path("/proc"), pid: int | None = None) -> MemorySnapshot:
     """What the memory holds now, and what process ``pid`` (default: this one) holds of it. Never raises: what cannot be read is ``NA``."""
     memory = read_sizes(proc / "meminfo")
+    group = read_group(proc, memory.get("MemTotal", NA))
     pressure = read_pressure(proc / "pressure" / "memory")
     process = read_sizes(proc / str(os.getpid() if pid is None else pid) / "status")
     swap_used = memory.get("SwapTotal", NA) - memory.get("SwapFree", NA)
@@ -66,6 +84,9 @@ def read_memory(proc: Path = Path("/proc"), pid: int | None = None) -> MemorySna
         swap_used_bytes=swap_used,
         pressure_percent=pressure["some"],
         stalled_percent=pressure["full"],
+        limit_bytes=group.get("limit_bytes", NA),
+        room_bytes=group.get("available_bytes", NA),
+        limit_free_bytes=group.get("free_bytes", NA),
         rss_bytes=process.get("VmRSS", NA),
         rss_peak_bytes=process.get("VmHWM", NA),
     )

@@ -71,12 +71,12 @@ class Pool:
         return {**self.memory.to_dict(), **jsonable(values), "holders": holders}
 
 
-def read_pool(reserve_bytes: float, proc: Path = Path("/proc"), on_device: Mapping[int, float] | None = None) -> Pool:
-    """Who holds what, now. Looks at every process (about 50 microseconds each). Never raises.
+def read_pool(reserve_bytes: float, proc: Path = Path("/proc"), on_device: Mapping[int, float] | None = None, *, unified: bool = False) -> Pool:
+    """Who holds what, now, within the limit of the container unless the box is ``unified``. Looks at every process (50 microseconds each). Never raises.
 
     ``on_device``: bytes by process id of what a device holds in the same pool, which /proc does not show (a unified box).
     """
-    memory = read_memory(proc)
+    memory = read_memory(proc) if unified else read_memory(proc).within_limit()
     used = memory.total_bytes - memory.free_bytes - memory.cached_bytes
     least = max(LEAST_BYTES, 0.0 if is_na(used) else LEAST_SHARE * memory.total_bytes)
     sizes = process_sizes(proc)
@@ -100,15 +100,16 @@ def pressure(memory: MemorySnapshot, reserve_bytes: float) -> tuple[Level, str]:
     available, waiting = memory.available_bytes, memory.pressure_percent
     if is_na(available):
         return "unknown", "the system does not tell how much memory is available"
+    left = f"{format_bytes(available)} available" + (" in this container" if memory.total_bytes == memory.limit_bytes else "")
     if available < reserve_bytes:
-        return "bad", f"{format_bytes(available)} available, less than the {format_bytes(reserve_bytes)} kept free for the system"
+        return "bad", f"{left}, less than the {format_bytes(reserve_bytes)} kept free for the system"
     if waiting >= STALLED_PERCENT:
         return "bad", f"tasks wait for memory {waiting:.0f} % of the time"
     if waiting >= BUSY_PERCENT:
         return "warn", f"tasks wait for memory {waiting:.0f} % of the time"
     if available < 2 * reserve_bytes:
-        return "warn", f"{format_bytes(available)} available; from {format_bytes(reserve_bytes)} down the system runs dry"
-    return "good", f"{format_bytes(available)} available"
+        return "warn", f"{left}; from {format_bytes(reserve_bytes)} down the system runs dry"
+    return "good", left
 
 
 def _run_name(proc: Path, pid: int) -> str:

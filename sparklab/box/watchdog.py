@@ -4,7 +4,8 @@
 file and the standard library, asks nothing of the process it watches, and so works on where that one hangs in a C call and never gives the
 interpreter back. It ends with the worker.
 
-Several times a second it reads MemAvailable, never MemFree: page cache can go and counts as available.
+Several times a second it reads MemAvailable, never MemFree: page cache can go and counts as available. Where a container or a service has a limit
+of its own below what the system has, what is left of that (page cache that can go counted as left) is a second pool with floors of its own.
 
 - Below the **soft floor** in two looks running, it asks for checkpoint-and-stop: a ``stop`` command with its reason in the run's directory.
 - Below the **hard floor** in two looks running, or below the soft one where the memory falls so fast, in two looks running, that nothing
@@ -96,6 +97,50 @@ def read_pool(proc: str | Path) -> dict[str, float]:
     }
 
 
+def read_group(proc: str | Path, total_bytes: float) -> dict[str, float]:
+    """What is left of the tightest memory limit of the control groups this process is in (versions 1 and 2), where it is below ``total_bytes``.
+
+    ``limit_bytes``, ``available_bytes`` (not in use, or page cache of the group that can go), ``free_bytes``, ``cached_bytes``; {} where there is no such
+    limit. Beyond it the kernel ends processes of the group, however much the system has.
+    """
+    tightest: dict[str, float] = {}
+    for folder in _groups(proc):
+        version2 = os.path.exists(f"{folder}/memory.max")
+        limit = _amount(f"{folder}/{'memory.max' if version2 else 'memory.limit_in_bytes'}")
+        used = _amount(f"{folder}/{'memory.current' if version2 else 'memory.usage_in_bytes'}")
+        if not limit < total_bytes or used != used:  # noqa: PLR0124 - NA compares false
+            continue
+        counted = {name: float(count) for name, _, count in (line.partition(" ") for line in _text(f"{folder}/memory.stat").splitlines()) if count.isdigit()}
+        prefix = "" if version2 else "total_"  # version 1 counts what groups below it hold apart
+        cached = min(used, counted.get(f"{prefix}active_file", 0.0) + counted.get(f"{prefix}inactive_file", 0.0) + counted.get("slab_reclaimable", 0.0))
+        room = max(0.0, limit - used)
+        if not tightest or room + cached < tightest["available_bytes"]:
+            tightest = {"limit_bytes": limit, "available_bytes": room + cached, "free_bytes": room, "cached_bytes": cached}
+    return tightest
+
+
+def _groups(proc: str | Path) -> list[str]:
+    """The folders of this process's memory control groups, from its own up to the root that is in sight: a limit holds for all below it."""
+    mounted = f"{os.path.dirname(os.path.abspath(proc)).rstrip('/')}/sys/fs/cgroup"
+    found = {mounted: "", f"{mounted}/memory": ""}  # inside a container its own group is the root, whatever the path says
+    for line in _text(f"{proc}/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if ".." not in path and (not controllers or "memory" in controllers.split(",")):
+            found[f"{mounted}/memory" if controllers else mounted] = path.strip("/")
+    folders = []
+    for root, path in found.items():
+        parts = path.split("/") if path else []
+        folders += [f"{root}/{'/'.join(parts[:depth])}".rstrip("/") for depth in range(len(parts), -1, -1)]
+    return folders
+
+
+def _amount(path: str) -> float:
+    """The bytes a file of a control group tells; NA where there is none, or no limit ("max")."""
+    text = _text(path).strip()
+    return float(text) if text.isdigit() else NA
+
+
 def process_sizes(proc: str | Path) -> dict[int, float]:
     """What each process alone holds, by its id: anonymous and shared memory, as files it has mapped can go."""
     sizes = {}
@@ -183,12 +228,16 @@ class Judge:
 
 
 class Watch:
-    """One worker under watch. Options: ``pid``, ``group`` (kill all it started too), ``run`` (its directory), ``soft_bytes``, ``hard_bytes``, ``proc``."""
+    """One worker under watch. Options: ``pid``, ``group`` (kill all it started too), ``run`` (its directory), ``soft_bytes``, ``hard_bytes``, ``proc``,
+    and ``limit_soft_bytes``, ``limit_hard_bytes``, the floors within a container's limit.
+    """
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.pid, self.run, self.proc = int(options["pid"]), str(options["run"]), str(options["proc"])
         self.group = bool(options["group"]) and os.getpgid(self.pid) == self.pid
-        self.judge = Judge(float(options["soft_bytes"]), float(options["hard_bytes"]))
+        floors = float(options["soft_bytes"]), float(options["hard_bytes"])
+        self.judge = Judge(*floors)
+        self.limit_judge = Judge(float(options.get("limit_soft_bytes", floors[0])), float(options.get("limit_hard_bytes", floors[1])))
         self.asked = False
         self.handle = os.pidfd_open(self.pid)  # stays the worker's: no other process of the same number can be meant
 
@@ -196,40 +245,51 @@ class Watch:
         """Looks again and again; returns when the worker is gone, by itself or by us."""
         gone = select.poll()
         gone.register(self.handle, select.POLLIN)
-        while not gone.poll(self.judge.next_seconds * 1000):
-            pool = read_pool(self.proc)
-            verdict = self.judge.look(time.monotonic(), pool)
+        while not gone.poll(min(self.judge.next_seconds, self.limit_judge.next_seconds) * 1000):
+            verdict, judge, pool = self.look()
             if verdict == "hard":
-                self.end(pool)
+                self.end(judge, pool)
                 return
             if verdict == "soft" and not self.asked:
                 self.asked = True
-                self.ask(pool)
+                self.ask(judge, pool)
 
-    def numbers(self, pool: dict[str, float], others: bool = True) -> dict[str, Any]:
+    def look(self) -> tuple[str, Judge, dict[str, float]]:
+        """The worse of two verdicts, on the system's memory and on what the container may have of it, with who said it and what was seen."""
+        now, pool = time.monotonic(), read_pool(self.proc)
+        verdict = self.judge.look(now, pool)
+        group = read_group(self.proc, pool["total_bytes"])
+        if group:
+            within = {**pool, **group, "total_bytes": group["limit_bytes"]}
+            said = self.limit_judge.look(now, within)
+            if said == "hard" or (said and not verdict):
+                return said, self.limit_judge, within
+        return verdict, self.judge, pool
+
+    def numbers(self, judge: Judge, pool: dict[str, float], others: bool = True) -> dict[str, Any]:
         """What was seen, for the record."""
         worker = read_sizes(f"/proc/{self.pid}/status")
         kept = {name: value for name, value in pool.items() if not name.startswith("swapped")}
         held = named_largest("/proc", process_sizes("/proc"), (self.pid, os.getpid())) if others else {}
-        return {**kept, "slope_bytes_per_second": self.judge.slope_bytes, "swap_out_bytes_per_second": self.judge.swap_out_bytes,
-                "soft_floor_bytes": self.judge.soft_bytes, "hard_floor_bytes": self.judge.hard_bytes,
+        return {**kept, "slope_bytes_per_second": judge.slope_bytes, "swap_out_bytes_per_second": judge.swap_out_bytes,
+                "soft_floor_bytes": judge.soft_bytes, "hard_floor_bytes": judge.hard_bytes,
                 "worker_bytes": worker.get("RssAnon", NA), "others": held}  # fmt: skip
 
-    def ask(self, pool: dict[str, float]) -> None:
+    def ask(self, judge: Judge, pool: dict[str, float]) -> None:
         """Checkpoint-and-stop, through the run's commands; where none can be written, by the signal that means the same."""
-        numbers = self.numbers(pool)
-        reason, fix = words(numbers, "soft", self.judge.is_thrashing(pool))
+        numbers = self.numbers(judge, pool)
+        reason, fix = words(numbers, "soft", judge.is_thrashing(pool))
         try:
             write(f"{self.run}/commands/{time.time_ns()}-stop.json", {"command": "stop", "by": "guard", "reason": reason, "fix": fix, "numbers": numbers})
         except OSError:
             signal.pidfd_send_signal(self.handle, signal.SIGTERM)
 
-    def end(self, pool: dict[str, float]) -> None:
+    def end(self, judge: Judge, pool: dict[str, float]) -> None:
         """Kills the worker. The reason is written first, so that nobody finds it dead without one, unless there is no time for that."""
-        hurry = pool["available_bytes"] < self.judge.hard_bytes / 2
+        hurry = pool["available_bytes"] < judge.hard_bytes / 2
         if hurry:
             self._kill()
-        numbers = self.numbers(pool, others=not hurry)
+        numbers = self.numbers(judge, pool, others=not hurry)
         reason, fix = words(numbers, "hard", False)
         try:
             write(f"{self.run}/guard.json", {"level": "hard", "pid": self.pid, "time": round(time.time(), 3), "reason": reason, "fix": fix, "numbers": numbers})
@@ -251,11 +311,13 @@ def words(numbers: dict[str, Any], level: str, thrashing: bool) -> tuple[str, st
     """(reason, the cheapest fix) of a trip, for people."""
     have, floor = numbers["available_bytes"], numbers[f"{level}_floor_bytes"]
     falling = -numbers["slope_bytes_per_second"]
-    what = f"{_gib(have)} of memory were left, below the guard's {level} floor of {_gib(floor)}"
+    limit = numbers.get("limit_bytes", NA)
+    kind = "memory" if limit != limit else f"this container's limit of {_gib(limit)}"  # noqa: PLR0124 - NA: the system's own
+    what = f"{_gib(have)} of {kind} were left, below the guard's {level} floor of {_gib(floor)}"
     if level == "hard" and have >= floor:
-        what = f"{_gib(have)} of memory were left and falling by {_gib(falling)} a second towards the guard's hard floor of {_gib(floor)}"
+        what = f"{_gib(have)} of {kind} were left and falling by {_gib(falling)} a second towards the guard's hard floor of {_gib(floor)}"
     elif thrashing and have >= floor:
-        what = f"the system has begun to swap or stall with {_gib(have)} of memory left (the guard's soft floor is {_gib(floor)})"
+        what = f"the system has begun to swap or stall with {_gib(have)} of {kind} left (the guard's soft floor is {_gib(floor)})"
     elif falling >= GIB:
         what += f", falling by {_gib(falling)} a second"
     others = numbers["others"]

@@ -63,7 +63,7 @@ class BoxPanel(Watcher):
         """The pool, looked at now."""
         if self.box.is_gpu and self.box.unified and time.monotonic() >= self._device_due:
             self._on_device, self._device_due = device_sizes(run_command), time.monotonic() + DEVICE_SECONDS
-        return read_pool(self.box.reserve_bytes, on_device=self._on_device)
+        return read_pool(self.box.reserve_bytes, on_device=self._on_device, unified=self.box.is_gpu and self.box.unified)
 
     def to_dict(self) -> dict[str, Any]:
         """The pool in bytes, for JSON."""

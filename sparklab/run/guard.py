@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from sparklab.errors import DoesNotFit
 from sparklab.files import read_json
 from sparklab.planner.recipe import Recipe
 from sparklab.text import one_line
-from sparklab.units import GIB, format_bytes, is_na
+from sparklab.units import GIB, NA, format_bytes, is_na
 
 PROC: Final = "SPARKLAB_GUARD_PROC"  # a directory that stands for /proc as the guard sees it: rehearsals of the trip, and tests
 LEFT: Final = "guard.json"
@@ -31,10 +31,12 @@ MOST_ON_HOST: Final = 2.0 * GIB
 
 @dataclass(frozen=True)
 class Floors:
-    """MemAvailable below ``soft_bytes``: save a checkpoint and stop. Below ``hard_bytes``: be ended."""
+    """MemAvailable below ``soft_bytes``: save a checkpoint and stop. Below ``hard_bytes``: be ended. The other two are those of a container's limit."""
 
     soft_bytes: float
     hard_bytes: float
+    limit_soft_bytes: float = NA
+    limit_hard_bytes: float = NA
 
 
 def floors_of(recipe: Recipe, box: Box) -> Floors | None:
@@ -42,12 +44,19 @@ def floors_of(recipe: Recipe, box: Box) -> Floors | None:
 
     On a unified box the soft floor is what every plan leaves free (8 GiB on a DGX Spark: others' watchdogs there use 8 to 16), so that a plan
     that fits never trips it, and the hard floor half of that. Elsewhere it is the host's memory that is watched, which a run that computes on
-    a GPU hardly fills and whose end the system survives: 4 % of it up to 2 GiB, and half of that.
+    a GPU hardly fills and whose end the system survives: 4 % of it up to 2 GiB, and half of that. The same holds within the limit of a container,
+    whose end the box survives too. Floors that the recipe names are those of both.
     """
     pool = watchdog.read_pool(proc())
     if not recipe.guard or is_na(pool["available_bytes"]) or not hasattr(os, "pidfd_open"):
         return None
-    soft = box.reserve_bytes if box.unified else min(SHARE_OF_HOST * pool["total_bytes"], MOST_ON_HOST)
+    system = _pair(recipe, box.reserve_bytes if box.unified else min(SHARE_OF_HOST * pool["total_bytes"], MOST_ON_HOST))
+    limit = watchdog.read_group(proc(), pool["total_bytes"]).get("limit_bytes")
+    return Floors(*system) if limit is None else Floors(*system, *_pair(recipe, min(SHARE_OF_HOST * limit, MOST_ON_HOST)))
+
+
+def _pair(recipe: Recipe, soft: float) -> tuple[float, float]:
+    """(soft, hard): the recipe's own, or ``soft`` and half of it."""
     hard = soft / 2
     if recipe.hard_floor_gib is not None:
         hard = recipe.hard_floor_gib * GIB
@@ -55,13 +64,13 @@ def floors_of(recipe: Recipe, box: Box) -> Floors | None:
     if recipe.soft_floor_gib is not None:
         soft = recipe.soft_floor_gib * GIB
         hard = hard if recipe.hard_floor_gib is not None else min(hard, soft / 2)
-    return Floors(soft, hard)
+    return soft, hard
 
 
 def last_floor(recipe: Recipe, box: Box) -> Floors | None:
     """The hard floor alone: for what has nothing to save, such as a rehearsal."""
     floors = floors_of(recipe, box)
-    return floors and Floors(floors.hard_bytes, floors.hard_bytes)
+    return floors and Floors(floors.hard_bytes, floors.hard_bytes, floors.limit_hard_bytes, floors.limit_hard_bytes)
 
 
 def check_plan(recipe: Recipe, box: Box, peak_bytes: float) -> None:
@@ -93,7 +102,8 @@ def watching(run: Path, floors: Floors | None, group: bool) -> Iterator[None]:
     if floors is None:
         yield
         return
-    options = {"pid": os.getpid(), "group": group, "run": str(run.resolve()), "soft_bytes": floors.soft_bytes, "hard_bytes": floors.hard_bytes, "proc": proc()}
+    known = {name: size for name, size in asdict(floors).items() if not is_na(size)}
+    options = {"pid": os.getpid(), "group": group, "run": str(run.resolve()), "proc": proc(), **known}
     command = [sys.executable, "-I", "-S", watchdog.__file__, json.dumps(options)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     try:

@@ -251,7 +251,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         told: dict[str, Any] = {"others": dict(look.others), "watts": look.device.watts, "celsius": look.device.celsius}
         fields |= {name: value for name, value in told.items() if value == value and value != {}}  # noqa: PLR0124 - what nobody tells is left out
         if self.floors is not None:
-            fields["floor_bytes"] = self.floors.soft_bytes
+            within = snapshot.total_bytes == snapshot.limit_bytes
+            fields["floor_bytes"] = self.floors.limit_soft_bytes if within else self.floors.soft_bytes
         if torch.cuda.is_available():
             fields["allocated_bytes"] = torch.cuda.max_memory_allocated()
             fields["reserved_bytes"] = torch.cuda.max_memory_reserved()

@@ -126,6 +126,10 @@ def test_detect_stays_within_the_container(tmp_path: Path) -> None:
     box = Box(**detect_facts(machine(tmp_path, cpuinfo=X86, **limits), nothing, "Linux"))
     assert (box.memory_bytes, box.available_bytes) == (16 * GIB, 12 * GIB)
     assert "container" in box.note
+    (tmp_path / "sys__fs__cgroup__memory.stat".replace("__", "/")).write_text(f"anon 5\nactive_file {GIB}\ninactive_file {GIB}\nslab_reclaimable {GIB}\n")
+    assert Box(**detect_facts(tmp_path, nothing, "Linux")).available_bytes == 15 * GIB, "page cache can go"
+    spark = Box(**detect_facts(tmp_path, smi("NVIDIA GB10, [N/A], [N/A], 12.1"), "Linux"))  # type: ignore[arg-type]
+    assert spark.memory_bytes == 120 * GIB, "what CUDA takes on a unified box lies outside the limit"
 
 
 def test_detect_a_spark(tmp_path: Path) -> None:
@@ -210,6 +214,9 @@ def test_meter_reads_what_is_there(tmp_path: Path) -> None:
         "swap_used_bytes": 102400 * KIB,
         "pressure_percent": 1.25,
         "stalled_percent": 0.5,
+        "limit_bytes": None,
+        "room_bytes": None,
+        "limit_free_bytes": None,
         "rss_bytes": 1024 * KIB,
         "rss_peak_bytes": 2048 * KIB,
     }

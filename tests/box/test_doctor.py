@@ -83,6 +83,8 @@ def tenant(made):
 
 def in_a_container(made):
     made.file("sys/fs/cgroup/memory.max", str(64 * 2**30))
+    made.file("sys/fs/cgroup/memory.current", str(60 * 2**30))
+    made.file("sys/fs/cgroup/memory.stat", f"anon {10 * 2**30}\nactive_file {30 * 2**30}\ninactive_file {4 * 2**30}\n")
 
 
 def thor(made):
@@ -123,7 +125,7 @@ CASES = [
     (lambda made: (made.root / "proc/pressure/memory").unlink(), "guard", "note", "PSI", "psi=1"),
     (lambda made: made.meminfo.clear(), "guard", "warning", "cannot watch", "Linux"),
     (lambda made: made.meminfo.clear(), "memory", "note", "does not tell", ""),
-    (in_a_container, "container", "note", "64 GiB does not hold what CUDA takes", ""),
+    (in_a_container, "container", "note", "may have 64 GiB, of which 38 GiB are left; that limit does not hold what CUDA takes", ""),
     (set_(free=3 * GIB), "disk", "warning", "3 GiB free here", "free some space"),
     (lambda made: set_(disk=(made.root / "runs" / "a", 600 * GIB))(made), "disk", "fault", "500 GiB free on the disk of", "keep_checkpoints"),
     (lambda made: set_(disk=(made.root / "runs" / "a", 300 * GIB))(made), "disk", "warning", "take up to 300 GiB", "keep_checkpoints"),

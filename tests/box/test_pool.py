@@ -52,6 +52,20 @@ def test_a_device_in_the_same_pool_counts_for_its_process(tmp_path):
     assert pool.holders[0].bytes == 15 * GIB
 
 
+def test_in_a_container_the_pool_is_what_it_may_have(tmp_path):
+    (tmp_path / "proc").mkdir()
+    proc = made(tmp_path / "proc", {7: ("python3", [], 9)})
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("max", f"{16 * GIB}"), ("current", f"{14 * GIB}"), ("stat", f"active_file {3 * GIB}\ninactive_file {GIB}\n")):
+        (group / f"memory.{name}").write_text(text)
+    pool = read_pool(7 * GIB, proc)
+    assert sum(size for _, size in pool.parts) == pool.memory.total_bytes == 16 * GIB
+    assert (pool.memory.free_bytes, pool.memory.cached_bytes, pool.memory.available_bytes, pool.rest_bytes) == (2 * GIB, 4 * GIB, 6 * GIB, 1 * GIB)
+    assert pool.pressure == ("bad", "6 GiB available in this container, less than the 7 GiB kept free for the system")
+    assert read_pool(7 * GIB, proc, unified=True).memory.total_bytes == 100 * GIB
+
+
 def test_nothing_known_is_said_so(tmp_path):
     pool = read_pool(1 * GIB, tmp_path)
     assert pool.parts == [] and pool.holders == () and is_na(pool.rest_bytes)

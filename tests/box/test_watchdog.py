@@ -102,6 +102,59 @@ def test_reads_what_the_system_tells(tmp_path):
     assert len(nothing) == 8 and all(map(is_na, nothing.values()))
 
 
+def group(folder, version, limit_gib, used_gib, cached_gib=0.0):
+    """The files of a control group as the kernel writes them; no limit is "max", or a number beyond all memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    used, half = f"{int(used_gib * GIB)}\n", int(cached_gib * GIB / 2)
+    if version == 2:
+        files = {
+            "max": "max\n" if limit_gib is None else f"{int(limit_gib * GIB)}\n",
+            "current": used,
+            "stat": f"anon 7\nfile 9\nactive_file {half}\ninactive_file {half}\n",
+        }
+    else:
+        files = {"limit_in_bytes": f"{2**63 - 4096 if limit_gib is None else int(limit_gib * GIB)}\n", "usage_in_bytes": used,
+                 "stat": f"cache 9\nactive_file 1\ninactive_file 1\ntotal_active_file {half}\ntotal_inactive_file {half}\n"}  # fmt: skip
+    for name, text in files.items():
+        (folder / f"memory.{name}").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("version", "line", "place"),
+    [
+        (2, "0::/\n", ""),  # a container with a namespace of its own
+        (2, "0::/../../other\n", ""),  # one that is in sight from outside its own
+        (2, "0::/user.slice/run.scope\n", "user.slice/run.scope"),  # systemd-run -p MemoryMax=
+        (1, "4:memory:/docker/0abc\n0::/\n", "memory"),  # version 1 without a namespace: its group is mounted as the root
+        (1, "9:cpuset:/\n4:memory,hugetlb:/docker/0abc\n", "memory/docker/0abc"),
+        (2, "", ""),  # an old kernel that does not tell
+    ],
+)
+def test_reads_what_a_container_may_have(tmp_path, version, line, place):
+    proc, mounted = tmp_path / "proc", tmp_path / "sys" / "fs" / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text(line)
+    assert watchdog.read_group(proc, 120 * GIB) == {}
+    group(mounted / place, version, None, 10)
+    assert watchdog.read_group(proc, 120 * GIB) == {}, "no limit"
+    group(mounted / place, version, 16, 15, cached_gib=4)
+    left = {"limit_bytes": 16 * GIB, "available_bytes": 5 * GIB, "free_bytes": 1 * GIB, "cached_bytes": 4 * GIB}
+    assert watchdog.read_group(proc, 120 * GIB) == left
+    assert watchdog.read_group(proc, 16 * GIB) == {} and watchdog.read_group(proc, NA) == {}, "the system itself has no more"
+
+
+def test_the_tightest_limit_on_the_way_up_counts(tmp_path):
+    proc, mounted = tmp_path / "proc", tmp_path / "sys" / "fs" / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("0::/a/b/c\n")
+    group(mounted / "a/b/c", 2, 8, 1)
+    group(mounted / "a/b", 2, None, 3)
+    group(mounted / "a", 2, 12, 10)  # others in it hold nine
+    assert watchdog.read_group(proc, 120 * GIB)["limit_bytes"] == 12 * GIB
+    group(mounted / "a", 2, 12, 10, cached_gib=9)
+    assert watchdog.read_group(proc, 120 * GIB)["limit_bytes"] == 8 * GIB
+
+
 def figures(**changes):
     return {"available_bytes": 7 * GIB, "slope_bytes_per_second": 0.0, "soft_floor_bytes": SOFT, "hard_floor_bytes": HARD, "others": {}, **changes}
 
@@ -114,6 +167,9 @@ def test_words_name_the_cheapest_fix():
     assert reason.endswith("falling by 2 GiB a second; others hold ollama (process 8) 12 GiB")
     assert fix.startswith("close what is not needed (ollama (process 8))")
     assert "swap or stall with 12 GiB" in words(figures(available_bytes=12 * GIB), "soft", True)[0]
+    assert (
+        words(figures(limit_bytes=16 * GIB), "soft", False)[0] == "7 GiB of this container's limit of 16 GiB were left, below the guard's soft floor of 8 GiB"
+    )
     assert "towards the guard's hard floor" in words(figures(slope_bytes_per_second=-90 * GIB), "hard", False)[0]
 
 
@@ -159,6 +215,26 @@ def test_a_worker_that_never_gives_the_interpreter_back_is_killed(fake):
     assert left["numbers"]["worker_bytes"] > 2**20
     assert left["numbers"]["swap_used_bytes"] is None
     assert not list((fake.run / "commands").iterdir())
+
+
+def test_a_container_that_is_nearly_full_is_seen_however_much_the_box_has(fake, tmp_path):
+    mounted = tmp_path / "sys" / "fs" / "cgroup"
+    group(mounted, 2, 16, 9, cached_gib=2)
+    with subprocess.Popen(["sleep", "100"]) as worker:
+        watcher = fake.start(worker.pid)  # 50 GiB available, and 9 of 16
+        time.sleep(0.8)
+        assert not list((fake.run / "commands").glob("*.json"))
+        group(mounted, 2, 16, 11, cached_gib=2)
+        for _ in range(500):
+            time.sleep(0.02)
+            if any((fake.run / "commands").glob("*-stop.json")):
+                break
+        (command,) = (json.loads(file.read_text()) for file in (fake.run / "commands").glob("*.json"))
+        assert command["reason"].startswith("7 GiB of this container's limit of 16 GiB were left, below the guard's soft floor of 8 GiB")
+        assert command["numbers"]["limit_bytes"] == 16 * GIB and worker.poll() is None
+        group(mounted, 2, 16, 14, cached_gib=1)
+        assert worker.wait(30) == -signal.SIGKILL and watcher.wait(30) == 0
+    assert json.loads((fake.run / "guard.json").read_text())["reason"].startswith("3 GiB of this container's limit of 16 GiB were left")
 
 
 def ends(pid, seconds=10):

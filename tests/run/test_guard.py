@@ -60,6 +60,22 @@ def test_floors(fake):
     assert gib() == (8, 4)
 
 
+def test_floors_within_a_container_go_by_its_limit(fake, tmp_path, monkeypatch):
+    mounted = tmp_path / "sys" / "fs" / "cgroup"
+    mounted.mkdir(parents=True)
+    (tmp_path / "proc").mkdir(exist_ok=True)
+    (tmp_path / "proc" / "meminfo").write_text(f"MemTotal: {120 * 2**20} kB\nMemAvailable: {90 * 2**20} kB\n")
+    (mounted / "memory.max").write_text(str(25 * GIB))
+    (mounted / "memory.current").write_text(str(5 * GIB))
+    monkeypatch.setenv(guard.PROC, str(tmp_path / "proc"))
+
+    def floors(**changes):
+        return guard.floors_of(sl.Recipe(model="tiny", data="x", **changes), sl.Box(**SPARK))
+
+    assert floors() == guard.Floors(8 * GIB, 4 * GIB, 1 * GIB, 0.5 * GIB)  # the box freezes at its end, a container only ends
+    assert floors(soft_floor_gib=6) == guard.Floors(6 * GIB, 3 * GIB, 6 * GIB, 0.5 * GIB)
+
+
 def test_no_guard_where_the_system_tells_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv(guard.PROC, str(tmp_path))
     assert guard.floors_of(sl.Recipe(model="tiny", data="x"), sl.Box(**SPARK)) is None
