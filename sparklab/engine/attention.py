@@ -4,7 +4,8 @@ A packed row is [1, T] with documents back to back; ``cu_seq_lens_q`` holds thei
 through to every attention function. On CUDA one kernel takes all documents (``torch.nn.attention.varlen``, which every torch that sparklab
 installs with has); on a CPU there is one causal call per document. Either costs the sum of the squares of their lengths, where one call with a
 mask would cost the square of the sum and keep a [T, T] mask alive. What flash attention cannot do (on a CPU sliding windows shorter than
-the document, anywhere soft-capped scores and sinks) is done block by block in :mod:`sparklab.engine.blockwise`.
+the document, anywhere soft-capped scores and sinks) is done by :mod:`sparklab.engine.flex` on CUDA where that runs, and else block by block in
+:mod:`sparklab.engine.blockwise`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparklab.engine import products
+from sparklab.engine import flex, products
 from sparklab.engine.blockwise import attend
 from sparklab.errors import ModelError
 
@@ -57,6 +58,10 @@ def packed_attention(
         if query.device.type == "cpu" and not windowed:
             out: Tensor = _PerDocument.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
             return out[..., :width], None
+    if (blockwise or windowed or query.shape[-1] > VARLEN_WIDTH) and not dropped:
+        together = flex.attend(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap, s_aux)
+        if together is not None:
+            return together[..., :width], None
     if blockwise and dropout and module.training:
         raise ModelError(f"attention_dropout is {dropout}, with soft-capped scores or sinks", "set attention_dropout to 0 in config.json")
     parts = []

@@ -312,6 +312,7 @@ def scale(part: Scale, tape: Tape, engine: Engine, saves: bool, grads: set[str])
 def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
     """Attention one document after the other; nothing quadratic is ever kept. Values narrower than keys are padded to their width.
 
+    What a GPU does by flex_attention (:mod:`sparklab.engine.flex`), where that runs, is counted as block by block, which it falls back to.
     The result is written where the next layer reads it; it is copied there where a kernel of blocks gives one tensor a document, or a wider one.
     """
     b = engine.compute_bytes

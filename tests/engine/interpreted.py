@@ -21,6 +21,7 @@ from triton.runtime import interpreter
 from whole_step import documents, recipe_of, rows_of, sparklab_update, stock_update, worst
 
 from sparklab.engine import fast, liger, norm, rotary
+from sparklab.model.load import ATTENTION_LINEARS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 plain_convert = interpreter._implicit_cvt
@@ -123,14 +124,16 @@ def test_gated_products(act, name, counted):
 
 
 @pytest.mark.parametrize("family", sorted(SMALL))
-@pytest.mark.parametrize("changes", [{}, {"method": "full"}], ids=["lora", "full"])
+@pytest.mark.parametrize("changes", [{}, {"method": "full"}, {"targets": "attention"}], ids=["lora", "full", "frozen"])
 def test_whole_updates(family, changes, tmp_path, counted):
     """Nothing that any family computes looks at a tensor that was turned in place, or at a gradient that was written over."""
     recipe, told = recipe_of(tmp_path / family, SMALL[family], **changes), documents(lengths=(3, 1, 9))
     liger.DEVICE = "nowhere"
-    stock = stock_update(recipe, told)
+    stock = stock_update(recipe, told, **({"target_modules": list(ATTENTION_LINEARS)} if "targets" in changes else {}))
     liger.DEVICE = "cpu"
     ours = sparklab_update(recipe.replace(checkpoint_layers=1), rows_of(told, True, 1), tmp_path / "run")
     assert abs(ours.loss / stock.loss - 1) < 1e-6
     assert worst(stock.gradients, ours.gradients)[0] < 1e-5
     assert counted.get("norm", 0) + counted.get("turn", 0) > 0 or family == "gpt_neox"
+    if family in ("llama", "gemma2", "qwen3"):
+        assert ("gated" in counted and "gated_backward" in counted) == (changes.get("method") != "full")
