@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,17 @@ def measure(seconds={WATCHED_SECONDS}):
 CLOSE = "run._panel.freeze(); run._panel.widget.close()"
 
 
+@contextmanager
+def notebook(folder: Path) -> Iterator[tuple[Lab, Any]]:
+    """The notebook that watches, open in a browser, and what asks the browser for its own figures."""
+    with server(folder) as address, browser(folder) as context:
+        lab = Lab(context.new_page(), address)
+        lab.open("watch.ipynb")
+        devtools = context.new_cdp_session(lab.page)
+        devtools.send("Performance.enable")
+        yield lab, devtools
+
+
 def kernel(folder: Path) -> dict[str, Any]:
     """CPU of a whole kernel process, and of the page, while a run of 20 steps a second is watched, unseen, and not there at all."""
     work = folder / "work"
@@ -105,11 +117,7 @@ def kernel(folder: Path) -> dict[str, Any]:
     running = start_worker(directory, "--steps", 20_000, "--delay", 0.05)
     found = {}
     try:
-        with server(folder) as address, browser(folder) as context:
-            lab = Lab(context.new_page(), address)
-            lab.open("watch.ipynb")
-            devtools = context.new_cdp_session(lab.page)
-            devtools.send("Performance.enable")
+        with notebook(folder) as (lab, devtools):
 
             def look(name: str) -> None:
                 devtools.send("HeapProfiler.collectGarbage")  # what came before is not this look's
@@ -151,11 +159,7 @@ def hours(folder: Path, minutes: float = 60.0) -> dict[str, Any]:
     running = start_worker(directory, "--steps", 10**7, "--delay", 0.05)
     found: list[dict[str, float]] = []
     try:
-        with server(folder) as address, browser(folder) as context:
-            lab = Lab(context.new_page(), address)
-            lab.open("watch.ipynb")
-            devtools = context.new_cdp_session(lab.page)
-            devtools.send("Performance.enable")
+        with notebook(folder) as (lab, devtools):
             lab.run(0)
             lab.run(1)
             lab.until("$('.sparklab')?.dataset.rows > 5", 60)

@@ -58,7 +58,9 @@ def fit(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
     for block in list(model.modules()):
         _fit_block(block)
     sentences = [f"{count} linear layers have {reason} and train on PEFT's own code" for reason, count in stays.items()]
-    return (*sentences, *([f"{liger.refusal()}; sparklab's own PyTorch computes instead"] if liger.refusal() else []))
+    if refused := liger.refusal(next(model.parameters()).device):
+        sentences.append(f"{refused}; sparklab's own PyTorch computes instead")
+    return tuple(sentences)
 
 
 def _fit_adapters(model: nn.Module, buffer: lora.Buffer, stays: Counter[str]) -> None:

@@ -81,9 +81,12 @@ def gated_backward_(act: str, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[T
     return d_gate, d_up
 
 
-def refusal() -> str:
-    """Why an installed liger-kernel is not used on this device, in words; "" where it is, or is not installed, or there is no such device."""
-    return _decide()[1] if DEVICE != "cuda" or torch.cuda.is_available() else ""
+def refusal(device: torch.device) -> str:
+    """Why an installed liger-kernel is not used on this device, in words; "" where it is, or is not installed, or the device is not one for it.
+
+    A trace's model lies on a CPU that is not there, also where CUDA is: nothing is tried for it.
+    """
+    return _decide()[1] if device.type == DEVICE else ""
 
 
 def _for(x: Tensor) -> Kernels | None:

@@ -235,16 +235,11 @@ def norm(part: Norm, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -
         return kernels.norm(part, tape, engine, saves, grads)
     b, width = engine.compute_bytes, part.width * part.groups
     block = float(width) if engine.on_gpu else min(width, NORM_BLOCK / engine.tokens)
-    needs_grad, kept, root = part.reads in grads, f"{part.name}:input", f"{part.name}:root"
+    needs_grad, root = part.reads in grads, f"{part.name}:root"
     tape.hold(part.writes, b * width)
     tape.hold(root, 4 * part.groups)
     tape.spike((4 + (b if b < 4 and part.kind == "rms" else 0)) * block)
-    if needs_grad or engine.train_base:
-        grads.add(part.writes)
-    if saves and part.writes in grads:
-        tape.share(kept, part.reads)
-    else:
-        tape.drop(root)
+    kept = kernels.keep_input(part, root, tape, engine, saves, grads)
 
     def backward(tape: Tape) -> None:
         if not tape.has(f"d:{part.writes}"):

@@ -213,19 +213,25 @@ def _norm_backward(part: Norm, engine: Engine, needs_grad: bool) -> Backward:
     return backward
 
 
+def keep_input(part: Norm, moments: str, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> str:
+    """A norm in one function keeps its input and its ``moments``, which are held already, where a gradient comes back; the name of the input kept."""
+    if part.reads in grads or engine.train_base:
+        grads.add(part.writes)
+    if saves and part.writes in grads:
+        tape.share(f"{part.name}:input", part.reads)
+    else:
+        tape.drop(moments)
+    return f"{part.name}:input"
+
+
 def _layer_norm(part: Norm, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
     """LayerNorm, one kernel: keeps its input, a mean and a deviation."""
     b, width = engine.compute_bytes, part.width
     needs_grad = part.reads in grads
-    kept, moments = f"{part.name}:input", f"{part.name}:moments"
+    moments = f"{part.name}:moments"
     tape.hold(part.writes, b * width)
     tape.hold(moments, 2 * b)
-    if needs_grad or engine.train_base:
-        grads.add(part.writes)
-    if saves and part.writes in grads:
-        tape.share(kept, part.reads)
-    else:
-        tape.drop(moments)
+    kept = keep_input(part, moments, tape, engine, saves, grads)
 
     def backward(tape: Tape) -> None:
         if not tape.has(f"d:{part.writes}"):

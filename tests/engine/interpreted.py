@@ -46,7 +46,7 @@ def on_a_cpu():
     interpreter._implicit_cvt = convert
     liger_rms_norm.rsqrt, liger_geglu.tanh = rsqrt, tanh
     liger.DEVICE = "cpu"
-    assert liger.refusal() == "" and liger._decide()[0] is not None
+    assert liger.refusal(torch.device("cpu")) == "" and liger._decide()[0] is not None
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from support import ROOT
 from sparklab.engine import liger
 
 FOLDER = ROOT / ".venv" / "liger"
+CPU = torch.device("cpu")
 WHOLE = "lora-gemma2 or (lora-qwen3 and not moe) or lora-olmo2 or full-llama or frozen-llama"  # each family takes up to 20 s; all pass with `-k whole`
 
 
@@ -43,15 +44,14 @@ def test_on_a_cpu_nothing_of_it_is_asked_for(fresh, monkeypatch):
     x = torch.randn(1, 2, 3, 4)
     assert liger.norm(x, x[0, 0, 0], 1e-6, "llama") is None and liger.turn(x, x, x, x) is None
     assert liger.gated("silu", x, x) is None and liger.gated_backward_("silu", x, x, x) is None
-    if not torch.cuda.is_available():
-        assert liger.refusal() == ""
+    assert liger.refusal(CPU) == ""
 
 
 def test_a_package_that_cannot_be_loaded_is_told(fresh, monkeypatch):
     monkeypatch.setattr(liger, "DEVICE", "cpu")
     monkeypatch.setattr(liger, "version", lambda name: "0.8.5")
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    assert re.search(r"liger-kernel 0\.8\.5 is installed and not used, .*\(ModuleNotFoundError: .*liger_kernel.*\)$", liger.refusal())
+    assert re.search(r"liger-kernel 0\.8\.5 is installed and not used, .*\(ModuleNotFoundError: .*liger_kernel.*\)$", liger.refusal(CPU))
     x = torch.randn(2, 4)
     assert liger.norm(x, x[0], 1e-6, "llama") is None
 
@@ -86,7 +86,7 @@ def test_the_trial_finds_a_wrong_kernel(fresh, monkeypatch, wrong, word):
     monkeypatch.setattr(liger, "DEVICE", "cpu")
     monkeypatch.setattr(liger, "version", lambda name: "0.8.5")
     monkeypatch.setattr(liger, "_load", lambda: kernels(wrong))
-    assert word in liger.refusal() and bool(liger.refusal()) == bool(wrong)
+    assert word in liger.refusal(CPU) and bool(liger.refusal(CPU)) == bool(wrong)
     assert (liger.norm(torch.randn(2, 4), torch.ones(4), 1e-6, "gemma") is None) == bool(wrong)
 
 
@@ -96,7 +96,7 @@ def test_a_refusal_is_said_once_a_model(fresh, monkeypatch):
     from sparklab.engine import fast
     from sparklab.planner.recipe import Recipe
 
-    monkeypatch.setattr(liger, "refusal", lambda: "liger-kernel 0.8.5 is installed and not used")
+    monkeypatch.setattr(liger, "refusal", lambda device: "liger-kernel 0.8.5 is installed and not used")
     model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=10))
     said = fast.fit(model, Recipe(model="tiny", data="none", method="full"))
     assert said == ("liger-kernel 0.8.5 is installed and not used; sparklab's own PyTorch computes instead",)
