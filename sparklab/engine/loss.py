@@ -16,24 +16,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparklab.planner.items import LossTile, loss_tile
+from sparklab.planner.items import LossTile, filled, loss_tile
 
 IGNORE = -100
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The states may be more than the labels: those after the last label take part in the products alone."""
+
     @staticmethod
     def forward(ctx: Any, hidden_SH: Tensor, head_VH: Tensor, labels_S: Tensor, count: float, sizes: LossTile, scale: float, cap: float | None) -> Tensor:
         wants_hidden, wants_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_hidden_SH = torch.empty_like(hidden_SH) if wants_hidden else None
         grad_head_VH = torch.zeros_like(head_VH) if wants_head else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_SH.device)
-        made_CV = hidden_SH.new_empty((min(sizes.tokens, len(labels_S)), len(head_VH)))  # one for all chunks: fresh memory costs a CPU as much as a product
-        for start in range(0, len(labels_S), sizes.tokens):
+        made_CV = hidden_SH.new_empty((min(sizes.tokens, len(hidden_SH)), len(head_VH)))  # one for all chunks: fresh memory costs a CPU as much as a product
+        for start in range(0, len(hidden_SH), sizes.tokens):
             hidden_CH, labels_C = hidden_SH[start : start + sizes.tokens], labels_S[start : start + sizes.tokens]
-            tile_CV = torch.mm(hidden_CH, head_VH.t(), out=made_CV[: len(labels_C)])
-            for row in range(0, len(labels_C), sizes.rows):
-                total += _in_place(tile_CV[row : row + sizes.rows], labels_C[row : row + sizes.rows], scale, cap, wants_hidden or wants_head)
+            tile_CV = torch.mm(hidden_CH, head_VH.t(), out=made_CV[: len(hidden_CH)])
+            for tile_RV, labels_R in zip(tile_CV[: len(labels_C)].split(sizes.rows), labels_C.split(sizes.rows), strict=True):
+                total += _in_place(tile_RV, labels_R, scale, cap, wants_hidden or wants_head)
+            tile_CV[len(labels_C) :].zero_()
             if grad_hidden_SH is not None:
                 out = grad_hidden_SH[start : start + sizes.tokens]
                 torch.addmm(out, tile_CV, head_VH, beta=0, alpha=scale / count, out=out)
@@ -94,8 +97,11 @@ def chunked_cross_entropy(
     become ``cap * tanh(logits / cap)`` (Gemma 2). ``sizes``: how much at once, if not what suits the device.
     """
     supervised = (labels_T != IGNORE).nonzero()[:, 0]
+    labels_S = labels_T[supervised]
+    on_gpu = head_VH.device.type == "cuda"
+    supervised = F.pad(supervised, (0, filled(len(supervised), on_gpu) - len(supervised)))  # by the first token, once more
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_TH[supervised], head_VH, labels_T[supervised], float(count), sizes or loss_tile(head_VH.device.type == "cuda"), scale, cap
+        hidden_TH[supervised], head_VH, labels_S, float(count), sizes or loss_tile(on_gpu), scale, cap
     )
     return loss
 

@@ -26,6 +26,7 @@ from sparklab.engine.memory import give_back, is_out_of_memory, longest, pieces
 from sparklab.engine.profile import DATA, OPTIMIZER
 from sparklab.errors import RecipeError
 from sparklab.model.load import causal_lm
+from sparklab.planner.items import filled
 from sparklab.planner.recipe import Recipe
 
 
@@ -351,6 +352,7 @@ def through(model: nn.Module, compute: Callable[[nn.Module], Tensor]) -> Tensor:
 def row_loss(model: nn.Module, inputs: dict[str, Tensor], count: float, kind: str) -> Tensor:
     """Sum of the cross-entropies of one packed row's supervised tokens, divided by ``count``."""
     language_model = causal_lm(model)
+    inputs = _filled(inputs)
     borders = inputs["cu_seq_lens_q"]
     hidden_TH = language_model.get_decoder()(
         input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False, cu_seq_lens_q=borders, cu_seq_lens_k=borders
@@ -361,6 +363,21 @@ def row_loss(model: nn.Module, inputs: dict[str, Tensor], count: float, kind: st
     config = language_model.config  # what transformers' own heads do with logits: Granite divides them, Gemma 2 caps them
     scale, cap = 1.0 / getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
     return loss(hidden_TH, head_VH, labels_T, count, scale=scale, cap=cap)
+
+
+def _filled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A row with as many tokens as :func:`sparklab.planner.items.filled` says: one more document, which teaches nothing."""
+    length = inputs["input_ids"].shape[1]
+    more = filled(length, inputs["input_ids"].is_cuda) - length
+    if not more:
+        return inputs
+    pad = torch.nn.functional.pad
+    return {
+        "input_ids": pad(inputs["input_ids"], (0, more)),
+        "labels": pad(inputs["labels"], (0, more), value=IGNORE),
+        "position_ids": torch.cat((inputs["position_ids"], torch.arange(more)[None]), 1),
+        "cu_seq_lens_q": pad(inputs["cu_seq_lens_q"], (0, 1), value=length + more),
+    }
 
 
 def total_steps(recipe: Recipe, rows: int) -> int:

@@ -11,7 +11,7 @@ from sparklab.model.parts import Linear, Residual
 from sparklab.planner import expert_adapters
 from sparklab.planner.activations import LayerBytes, layer_bytes
 from sparklab.planner.fused import FrozenMlp, with_frozen_mlps
-from sparklab.planner.items import Item
+from sparklab.planner.items import Item, filled
 from sparklab.planner.kernels import Engine, has_fixed_bytes
 from sparklab.planner.notes import notes_of
 from sparklab.planner.recipe import Recipe
@@ -40,7 +40,7 @@ class Holdings:
         if not self.full and recipe.rank > anatomy.hidden:
             raise too_high(recipe.rank, anatomy.hidden, anatomy.source)
         self.expert_rank = expert_adapters.rank_of(anatomy, recipe)
-        self.tokens = recipe.micro_batch_tokens
+        self.tokens = filled(recipe.micro_batch_tokens, box.is_gpu)
         layers = recipe.checkpoint_layers
         self.checkpointed = anatomy.layers if layers == "all" else 0 if layers == "none" else min(int(layers), anatomy.layers)
         fixed = any(has_fixed_bytes(block.parts) for block in anatomy.blocks)

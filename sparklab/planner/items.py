@@ -11,9 +11,19 @@ from sparklab.model.anatomy import Anatomy
 from sparklab.units import GIB, MIB, is_na
 
 ANSWERS_AT_ONCE: Final = 64  # most prompts answered together
+CPU_MULTIPLE: Final = 64  # tokens that go through a model on a CPU are filled up to one: oneDNN makes, and keeps, kernels for every shape that it meets
 CACHE_BYTES: Final = 1.0 * GIB  # most keys and values held while answering, unless a single answer needs more
 CUBLAS_BYTES: Final = 32.0 * MIB  # its workspace on sm_9x, 10x and 12x, inside the allocator
 SLACK_SHARE: Final = 0.03  # reserved but not allocated, of what comes and goes; assumed until a rehearsal measures it
+
+
+def filled(tokens: int, on_gpu: bool) -> int:
+    """Tokens that go through the model for so many of a row.
+
+    >>> filled(600, on_gpu=False)
+    640
+    """
+    return tokens if on_gpu else -(-tokens // CPU_MULTIPLE) * CPU_MULTIPLE
 
 
 def cache_bytes_per_token(anatomy: Anatomy, width: int) -> int:
