@@ -1,12 +1,13 @@
 """sparklab's training step beside TRL's on a CPU: the same model, the same documents, the same machine, taking turns.
 
-Run: python benchmarks/engine_cpu.py [--repeats 3] [--updates 5] [--suite speed|memory|qlora|135m|growth|all]   writes benchmarks/engine_cpu.md
+Run: python benchmarks/engine_cpu.py [--repeats 3] [--updates 5] [--suite speed|memory|losses|qlora|135m|growth|all]   writes benchmarks/engine_cpu.md
 
 TRL goes into a folder of its own on top of this environment (``pip install --no-deps --target``), so torch, transformers and PEFT are the same on both
 sides. Each measurement is a process of its own: model of random weights, ragged chats of 16 to 1,024 random tokens (log-normal, median 134), LoRA
 of rank 16 on all linear layers, bf16. Tokens per second are those of documents, padding left out, from the second update on. ``trl`` is SFTTrainer
 as it comes (batch 8, gradient checkpointing, fp32 adapters under bf16 autocast); ``trl-packed`` packs to rows of 2,048 without checkpointing;
 ``trl-best`` has bf16 adapters and no autocast as well. ``products`` is what remains if nothing but the frozen layers' own matrix products is done.
+In the suite ``losses`` both sides take the same eight documents an update in the same order, from the same weights and adapters, and learn them.
 """
 
 # ruff: noqa: PLC0415 - each process imports what it measures, and no more
@@ -21,15 +22,19 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import SequentialSampler
 
 TRL = "trl==1.16.0"
 HERE = Path(__file__).resolve().parent
 ROW = 2048
+BATCH = 8  # documents an update, as TRL comes
+LEARNING_RATE = 2e-3
 SHAPES: dict[str, dict[str, Any]] = {
     "41m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 32000},
     "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
@@ -39,6 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 SUITES: dict[str, list[tuple[list[str], str, int | None, bool]]] = {
     "speed": [(["ours", "trl", "trl-packed", "trl-best", "products"], "41m", None, False)],
     "memory": [(["ours", "trl", "trl-best"], "41m", None, True)],
+    "losses": [(["ours-ordered", "trl-ordered"], "41m", None, False)],
     "qlora": [(["ours-qlora", "trl-qlora"], "41m", None, False)],
     "135m": [(["ours", "trl-best", "products"], "135m", None, False)],
     "growth": [(["ours", "trl-best"], "41m", length, False) for length in (512, 1024, 2048, 4096, 8192)],
@@ -52,11 +58,30 @@ def config(shape: str, row: int) -> Any:
     return LlamaConfig(**SHAPES[shape], max_position_embeddings=max(4096, row), tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
-def documents(vocabulary: int, length: int | None, count: int = 512) -> list[list[int]]:
-    """Random tokens in documents of one length, or of ragged ones."""
+def documents(vocabulary: int, length: int | None, count: int = 512, learnable: bool = False) -> list[list[int]]:
+    """Random tokens in documents of one length, or of ragged ones; ``learnable``: a few of them often (Zipf's law)."""
     draw = np.random.default_rng(0)
     lengths = np.clip(draw.lognormal(4.9, 0.7, count).astype(int), 16, 1024) if length is None else [length] * count
+    if learnable:
+        return [np.minimum(2 + draw.zipf(1.2, size), vocabulary - 1).tolist() for size in lengths]
     return [draw.integers(3, vocabulary, size).tolist() for size in lengths]
+
+
+def tokenizer(vocabulary: int) -> Any:
+    """One whose words are t0, t1, ...; the documents are numbers already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(vocabulary)}, unk_token="t0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2", bos_token="t1")
+
+
+def set_adapters(model: Any) -> None:
+    """A of every adapter from its own name, so that both sides begin alike."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            made = np.random.default_rng(zlib.crc32(name.split("model.", 1)[-1].encode())).normal(0, 0.02, tuple(parameter.shape))
+            parameter.data.copy_(torch.from_numpy(made))
 
 
 class Clock:
@@ -92,9 +117,18 @@ def callback(clock: Clock) -> Any:
     return Told()
 
 
-def ours(shape: str, length: int | None, updates: int, method: str) -> Clock:
+def packed(documents: list[list[int]], row: int) -> list[list[list[int]]]:
+    """Documents in rows, the longest first, each in the first row with room; the rows in an order by chance."""
+    packs: list[list[list[int]]] = []
+    for document in sorted(documents, key=len, reverse=True):
+        place = next((pack for pack in packs if sum(map(len, pack)) + len(document) <= row), None)
+        packs.append([document]) if place is None else place.append(document)
+    return [packs[index] for index in np.random.default_rng(1).permutation(len(packs))]
+
+
+def ours(shape: str, length: int | None, updates: int, method: str, ordered: bool) -> Clock:
     """The worker's own model, rows and Trainer."""
-    from transformers import PrinterCallback
+    from transformers import AutoModelForCausalLM, PrinterCallback
 
     from sparklab.box import Box
     from sparklab.data.dataset import make_row
@@ -106,19 +140,26 @@ def ours(shape: str, length: int | None, updates: int, method: str) -> Clock:
 
     folder = Path(tempfile.mkdtemp())
     row = max(ROW, length or 0)
-    config(shape, row).save_pretrained(folder)
-    recipe = Recipe(model=str(folder), data="none", method=method, dtype="bf16", micro_batch_tokens=row, max_length=row, max_steps=updates, held_out=0.0)  # type: ignore[arg-type]
-    packs: list[list[list[int]]] = []
-    for document in sorted(documents(SHAPES[shape]["vocab_size"], length), key=len, reverse=True):
-        place = next((pack for pack in packs if sum(map(len, pack)) + len(document) <= row), None)
-        packs.append([document]) if place is None else place.append(document)
-    order = np.random.default_rng(1).permutation(len(packs))[:updates]
-    rows = [make_row([Document(ids, [-100, *ids[1:]]) for ids in packs[index]]) for index in order]
+    recipe = Recipe(model=str(folder), data="none", micro_batch_tokens=row, max_length=row, max_steps=updates, dtype="bf16", held_out=0.0)
     torch.manual_seed(0)
-    model = ready_model(recipe, Box.detect(), blank_base)
+    if ordered:
+        AutoModelForCausalLM.from_config(config(shape, row), dtype=torch.bfloat16).save_pretrained(folder)
+        tokenizer(SHAPES[shape]["vocab_size"]).save_pretrained(folder)
+        learned = documents(SHAPES[shape]["vocab_size"], length, learnable=True)
+        packs = [learned[at : at + BATCH] for at in range(0, updates * BATCH, BATCH)]
+        recipe = recipe.replace(micro_batch_tokens=max(sum(map(len, pack)) for pack in packs), max_length=1024, learning_rate=LEARNING_RATE)
+    else:
+        config(shape, row).save_pretrained(folder)
+        packs = packed(documents(SHAPES[shape]["vocab_size"], length), row)[:updates]
+    rows = [make_row([Document(ids, [-100, *ids[1:]]) for ids in pack]) for pack in packs]
+    model = ready_model(recipe.replace(method=method), Box.detect(), None if ordered else blank_base)
+    if ordered:
+        set_adapters(model)
     clock = Clock()
     trainer = PackedTrainer(model, recipe, folder, rows, (), callback=callback(clock))
     trainer.remove_callback(PrinterCallback)
+    if ordered:
+        trainer._get_train_sampler = lambda *_: SequentialSampler(rows)
     step = trainer.training_step
     trainer.training_step = lambda model, inputs, *rest: (clock.tokens.append(inputs["input_ids"].numel()), step(model, inputs, *rest))[1]
     clock.ends = [time.perf_counter()]
@@ -130,20 +171,24 @@ def trl(shape: str, length: int | None, updates: int, variant: str) -> Clock:
     """SFTTrainer on the same documents."""
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
+
+    from sparklab.engine.trainer import training_arguments
+    from sparklab.planner.recipe import Recipe
 
     row = max(ROW, length or 0)
     vocabulary = SHAPES[shape]["vocab_size"]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(shape, row), dtype=torch.bfloat16, attn_implementation="sdpa")
-    words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(vocabulary)}, unk_token="t0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2", bos_token="t1")
     lora: Any = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    settings: dict[str, Any] = {"per_device_train_batch_size": 8, "max_length": 1024, "bf16": True}
+    settings: dict[str, Any] = {"per_device_train_batch_size": BATCH, "max_length": 1024, "bf16": True}
     if variant in ("trl-packed", "trl-best"):
         settings = {"packing": True, "per_device_train_batch_size": 1, "max_length": row, "gradient_checkpointing": False, "bf16": True}
+    if variant == "trl-ordered":
+        ours_says = training_arguments(Recipe(model="none", data="none", max_steps=updates, learning_rate=LEARNING_RATE), Path(), updates, held_out=False)
+        alike = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim")
+        settings |= {"per_device_train_batch_size": BATCH, **{name: getattr(ours_says, name) for name in alike}}
     if variant == "trl-qlora":
         folder = tempfile.mkdtemp()
         model.save_pretrained(folder)
@@ -159,8 +204,11 @@ def trl(shape: str, length: int | None, updates: int, variant: str) -> Clock:
         output_dir=tempfile.mkdtemp(), max_steps=updates, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True, use_cpu=True, **settings
     )
     clock = Clock()
-    data = Dataset.from_dict({"input_ids": documents(vocabulary, length)})
-    trainer = SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora, callbacks=[callback(clock)])
+    data = Dataset.from_dict({"input_ids": documents(vocabulary, length, learnable=variant == "trl-ordered")})
+    trainer = SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer(vocabulary), peft_config=lora, callbacks=[callback(clock)])
+    if variant == "trl-ordered":
+        set_adapters(trainer.model)
+        trainer._get_train_sampler = lambda *_: SequentialSampler(data)
     step = trainer.training_step
 
     def counted(model: Any, inputs: Any, *rest: Any) -> Any:
@@ -205,7 +253,7 @@ def one(variant: str, shape: str, length: int | None, updates: int, follow: bool
     if follow:
         tracker.__enter__()  # type: ignore[no-untyped-call]
     if variant.startswith("ours"):
-        clock = ours(shape, length, updates, "qlora" if variant.endswith("qlora") else "lora")
+        clock = ours(shape, length, updates, "qlora" if variant.endswith("qlora") else "lora", variant.endswith("ordered"))
     else:
         clock = trl(shape, length, updates, variant)
     if follow:
@@ -257,7 +305,19 @@ def report(suite: str, results: dict[tuple[str, str, int | None], list[dict[str,
         more = f" (fp32: {statistics.median(row['rate_fp32'] for row in found):.0f})" if "rate_fp32" in found[0] else ""
         lines.append(f"| {variant} | {shape} | {length or 'ragged'} | {rate:.0f} ({each}){more} | {ratio} | {'' if storages is None else f'{storages:.2f}'} "
                      f"| {'' if rss is None else f'{rss:.2f}'} | {losses} |")  # fmt: skip
+    if suite == "losses":
+        lines += ["", *side_by_side([found[0] for found in results.values()])]
     return [*lines, ""]
+
+
+def side_by_side(sides: list[dict[str, Any]]) -> list[str]:
+    """Every update's tokens and losses, ours first, and how far apart they are."""
+    ours, theirs = sides
+    apart = [abs(one / other - 1) for one, other in zip(ours["losses"], theirs["losses"], strict=True)]
+    same = "the same" if ours["tokens"] == theirs["tokens"] else "NOT the same"
+    lines = [f"Largest difference of an update's loss: {max(apart):.2e} of it; the tokens are {same}."]
+    lines += ["", "| update | " + " | ".join(str(number + 1) for number in range(len(apart))) + " |", "|---" * (len(apart) + 1) + "|"]
+    return lines + [f"| {name} | " + " | ".join(f"{loss:.4f}" for loss in side["losses"]) + " |" for name, side in (("ours", ours), ("TRL", theirs))]
 
 
 def main() -> None:

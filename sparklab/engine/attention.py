@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparklab.engine import flex, products
 from sparklab.engine.blockwise import attend
+from sparklab.engine.device import on_gpu
 from sparklab.errors import ModelError
 
 NAME = "sparklab_packed"
@@ -113,7 +114,7 @@ class _PerDocument(torch.autograd.Function):
         outs = [tensor.new_empty((1, tensor.shape[2], tensor.shape[1], tensor.shape[3])) for tensor in (query, key, value)]
         pieces = _documents(ctx.lengths, query, key, value, out.transpose(1, 2), grad.transpose(1, 2))
         for sums, (place, q, k, v, o, g) in zip(lse, pieces, strict=True):
-            if query.dtype == torch.bfloat16:
+            if query.dtype == torch.bfloat16 and not on_gpu(query):
                 parts = products.backward(g, q, k, v, o, sums, ctx.scale)
             else:
                 parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, sums, 0.0, True, scale=ctx.scale)

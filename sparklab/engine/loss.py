@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparklab.engine.device import on_gpu
 from sparklab.planner.items import LossTile, filled, loss_tile
 
 IGNORE = -100
@@ -34,7 +35,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_SH), sizes.tokens):
             hidden_CH, labels_C = hidden_SH[start : start + sizes.tokens], labels_S[start : start + sizes.tokens]
             tile_CV = torch.mm(hidden_CH, head_VH.t(), out=made_CV[: len(hidden_CH)])
-            for tile_RV, labels_R in zip(tile_CV[: len(labels_C)].split(sizes.rows), labels_C.split(sizes.rows), strict=True):
+            for tile_RV, labels_R in zip(torch.split(tile_CV[: len(labels_C)], sizes.rows), torch.split(labels_C, sizes.rows), strict=True):
                 total += _in_place(tile_RV, labels_R, scale, cap, wants_hidden or wants_head)
             tile_CV[len(labels_C) :].zero_()
             if grad_hidden_SH is not None:
@@ -98,10 +99,10 @@ def chunked_cross_entropy(
     """
     supervised = (labels_T != IGNORE).nonzero()[:, 0]
     labels_S = labels_T[supervised]
-    on_gpu = head_VH.device.type == "cuda"
-    supervised = F.pad(supervised, (0, filled(len(supervised), on_gpu) - len(supervised)))  # by the first token, once more
+    gpu = on_gpu(head_VH)
+    supervised = F.pad(supervised, (0, filled(len(supervised), gpu) - len(supervised)))  # by the first token, once more
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_TH[supervised], head_VH, labels_S, float(count), sizes or loss_tile(on_gpu), scale, cap
+        hidden_TH[supervised], head_VH, labels_S, float(count), sizes or loss_tile(gpu), scale, cap
     )
     return loss
 

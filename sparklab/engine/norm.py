@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparklab.engine import liger
+from sparklab.engine.device import on_gpu
 from sparklab.planner.fused import NORM_BLOCK
 
 _HEAD: Final = (
@@ -50,7 +51,7 @@ def _body(function: Any) -> str:
 
 
 def _blocks(x_NW: Tensor) -> Iterator[slice]:
-    rows = len(x_NW) if x_NW.device.type != "cpu" else max(1, NORM_BLOCK // x_NW.shape[1])
+    rows = len(x_NW) if on_gpu(x_NW) else max(1, NORM_BLOCK // x_NW.shape[1])
     return (slice(start, start + rows) for start in range(0, len(x_NW), rows))
 
 

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparklab.box import Box
-from sparklab.engine import norm
+from sparklab.engine import norm, products
 from sparklab.engine.books import Books, Moment, follow, longest_row
+from sparklab.engine.device import traced_for
 from sparklab.engine.fast import ready_model
 from sparklab.errors import ModelError
 from sparklab.model.blank import on_meta
@@ -101,7 +102,7 @@ def _moments(recipe: Recipe, box: Box) -> tuple[list[Moment], int]:
     set_checkpointing(model, sum(stretch.traced for stretch in stretches if stretch.checkpointed))  # of the traced layers, not of all
     row = longest_row(recipe)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _in_few_blocks(row["input_ids"].numel() * causal_lm(model).config.hidden_size):
+        with FakeTensorMode(allow_non_fake_inputs=True), traced_for(box.is_gpu), _in_few_blocks(row["input_ids"].numel() * causal_lm(model).config.hidden_size):
             _materialise(model)
             if box.is_gpu:
                 _use_fused_dropout(model)
@@ -114,14 +115,14 @@ def _moments(recipe: Recipe, box: Box) -> tuple[list[Moment], int]:
 
 @contextmanager
 def _in_few_blocks(numbers: int) -> Iterator[None]:
-    """Norms on a CPU go through their rows in blocks that stay in its cache; without numbers a few blocks tell as much, in a fraction of the time."""
-    own: dict[str, Any] = vars(norm)
-    before: int = own["NORM_BLOCK"]
-    own["NORM_BLOCK"] = max(before, numbers // NORM_BLOCKS)
+    """On a CPU norms and attention go through their rows in blocks that stay in its cache; a few tell as much of bytes, in a fraction of the time."""
+    of_norms, of_products = vars(norm), vars(products)
+    before: tuple[int, int] = of_norms["NORM_BLOCK"], of_products["BLOCKS"]
+    of_norms["NORM_BLOCK"], of_products["BLOCKS"] = max(before[0], numbers // NORM_BLOCKS), 2
     try:
         yield
     finally:
-        own["NORM_BLOCK"] = before
+        of_norms["NORM_BLOCK"], of_products["BLOCKS"] = before
 
 
 def _thin(model: nn.Module, checkpoint_layers: int | str) -> list[Stretch]:

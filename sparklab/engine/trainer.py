@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArgum
 from sparklab.data.dataset import Row
 from sparklab.data.pack import epoch_order
 from sparklab.engine import checkpoint
+from sparklab.engine.device import on_gpu
 from sparklab.engine.finite import BadUpdate, Watch, drop_gradients, weights_are_finite
 from sparklab.engine.loss import IGNORE, chunked_cross_entropy, full_cross_entropy
 from sparklab.engine.memory import give_back, is_out_of_memory, longest, pieces
@@ -368,7 +369,7 @@ def row_loss(model: nn.Module, inputs: dict[str, Tensor], count: float, kind: st
 def _filled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """A row with as many tokens as :func:`sparklab.planner.items.filled` says: one more document, which teaches nothing."""
     length = inputs["input_ids"].shape[1]
-    more = filled(length, inputs["input_ids"].is_cuda) - length
+    more = filled(length, on_gpu(inputs["input_ids"])) - length
     if not more:
         return inputs
     pad = torch.nn.functional.pad

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from sparklab.data.dataset import make_row
 from sparklab.data.template import Document
 from sparklab.engine import attention, blockwise
-from sparklab.engine.trainer import collate, mean_loss, row_loss
+from sparklab.engine.device import traced_for
+from sparklab.engine.trainer import _filled, collate, mean_loss, row_loss
 from sparklab.model.load import set_checkpointing
 
 LENGTHS = (3, 17, 1, 9)
@@ -210,3 +211,18 @@ def test_logits_and_gradients_of_a_row_are_those_of_its_documents(family):
     for name, gradient in alone_gradients.items():
         scale = float(gradient.abs().max()) + 1e-8  # sums of some thousand products: 1e-5 of the largest
         torch.testing.assert_close(packed_gradients[name] / scale, gradient / scale, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_row_is_filled_up_by_a_document_that_teaches_nothing() -> None:
+    """On a CPU alone, where every shape costs memory: 70 tokens become 128, and nothing of the 70 is touched."""
+    row = collate([make_row([Document([*range(3, 53)], [-100, *range(4, 53)]), Document([*range(60, 80)], [-100, *range(61, 80)])])])
+    whole = _filled(row)
+    lengths = {name: tensor.shape[-1] for name, tensor in whole.items()}
+    assert lengths == {"input_ids": 128, "labels": 128, "position_ids": 128, "cu_seq_lens_q": 4}
+    assert all(torch.equal(tensor[..., : row[name].shape[-1]], row[name]) for name, tensor in whole.items())
+    assert whole["cu_seq_lens_q"].tolist() == [0, 50, 70, 128]
+    assert whole["position_ids"][0, 70:].tolist() == list(range(58))
+    assert whole["labels"][0, 70:].unique().tolist() == [-100]
+    assert _filled(whole) is whole
+    with traced_for(gpu=True):
+        assert _filled(row) is row
