@@ -173,7 +173,9 @@ class _Experts(torch.autograd.Function):
         d_a_up, d_b_up = low.gradients(x[route.token_S], low_1, d_gate_up, d_low, ends)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = route.gather_sum(low.add_down_backward(d_low, ends, up.backward(d_gate_up, ends)), None)
+            d_rows = low.add_down_backward(d_low, ends, up.backward(d_gate_up, ends))
+            del d_gate_up
+            d_x = route.gather_sum(d_rows, None)
         given = (d_a_up, d_b_up, d_a_down, d_b_down)
         return d_x, d_share, None, *(gradient.to(a.dtype) for gradient, a in zip(given, (a_up, b_up, a_down, b_down), strict=True)), None, None
 

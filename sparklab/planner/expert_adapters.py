@@ -6,7 +6,7 @@ is the norm's output. The workspace is highest where the rows [S, H] and their g
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 from sparklab.errors import RecipeError
 from sparklab.model.anatomy import Anatomy
@@ -43,14 +43,27 @@ def _padded(engine: Engine) -> int:
     return -(-engine.expert_rank // numbers) * numbers
 
 
-def _factors(part: Experts, engine: Engine) -> tuple[float, float]:
-    """Bytes a token of the copies of (gate and up's, down's) A and B while they are at work: B always, A where its type or width is not right."""
+class _Factors(NamedTuple):
+    """Copies of one projection's A and B, bytes a token."""
+
+    held: float
+    """While they are at work: B always, A where its type or width is not right."""
+    cast: float
+    """B in the type that computes, before it is laid out anew."""
+
+    def make(self, tape: Tape) -> None:
+        tape.hold("factors", self.held)
+        tape.spike(self.cast)
+
+
+def _factors(part: Experts, engine: Engine) -> tuple[_Factors, _Factors]:
+    """Of gate and up, and of down."""
     rank, b = _padded(engine), engine.compute_bytes
     a_too = engine.adapter_bytes != b or rank != engine.expert_rank
-    cast = engine.adapter_bytes != b  # B is first cast, then laid out anew
+    cast = engine.adapter_bytes != b
     each = b * part.experts * rank / engine.tokens
     up, down = (2 * part.inner, part.width), (part.width, part.inner)
-    sizes = [each * (outputs * (2 if cast else 1) + (inputs if a_too else 0)) for outputs, inputs in (up, down)]
+    sizes = [_Factors(each * (outputs + (inputs if a_too else 0)), each * outputs if cast else 0.0) for outputs, inputs in (up, down)]
     return sizes[0], sizes[1]
 
 
@@ -62,7 +75,7 @@ def experts(part: Experts, tape: Tape, engine: Engine, saves: bool, grads: set[s
     tape.hold("sorting", INDEX * s * (1 if biased else 2))
     tape.hold(f"{keeps}:order", INDEX * s * (3 if biased else 2))
     tape.drop("sorting")
-    tape.hold("factors", up)
+    up.make(tape)
     tape.hold("rows", rows)
     tape.hold(f"{keeps}:gate_up", wide)
     tape.hold(f"{keeps}:low", 2 * low)
@@ -71,7 +84,7 @@ def experts(part: Experts, tape: Tape, engine: Engine, saves: bool, grads: set[s
     tape.drop("factors")
     tape.hold("inner", inner)
     tape.spike((4 if biased else 1) * inner)
-    tape.hold("factors", down)
+    down.make(tape)
     tape.hold("out", rows)
     tape.drop("inner")
     tape.spike(rows)
@@ -103,7 +116,7 @@ def _backward(part: Experts, engine: Engine, needs_grad: bool) -> Backward:
         if not tape.has(f"d:{part.writes}"):
             return
         tape.hold("gate", (5 if biased else 2) * inner)
-        tape.hold("factors", down)
+        down.make(tape)
         tape.hold("d:rows", rows)
         tape.hold("d:inner", inner)
         tape.spike(inner)
@@ -113,9 +126,9 @@ def _backward(part: Experts, engine: Engine, needs_grad: bool) -> Backward:
         tape.spike(2 * low + gradients[0])
         tape.drop_any("d:rows", "factors")
         tape.hold("d:gate_up", wide)
-        tape.spike(wide + inner)
+        tape.spike(low + inner + (wide if biased else 0))  # both halves' gradients before they are one; the activation's value is gone by then
         tape.drop_any("gate", "d:inner")
-        tape.hold("factors", up)
+        up.make(tape)
         tape.hold("all:factors", gradients[1])
         tape.spike(rows + gradients[1])
         if needs_grad:

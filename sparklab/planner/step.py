@@ -129,7 +129,8 @@ class Step(Holdings):
         after = self.tail.kept + hidden * width
         items = [*self._kept(anatomy.layers), Item("last norm", after * tokens, lambda: f"{after:,.0f} B a token x {tokens:,} tokens")]
         if self.recipe.loss == "chunked":
-            items.append(Item("loss", 2.0 * hidden * width * tokens, lambda: f"supervised states, their gradients: {tokens:,} x 2 x {hidden:,} x {width} B"))
+            each = 2.0 * hidden * width + 4 * 8  # labels shifted, where they are, those that count, and as many as go through the head
+            items.append(Item("loss", each * tokens, lambda: f"supervised states, their gradients: {tokens:,} x (2 x {hidden:,} x {width} B + 4 labels x 8 B)"))
             items += self._loss_tile(anatomy.capped_logits)
         else:
             each = self.logits_bytes + (4.0 if anatomy.capped_logits else 0.0)
