@@ -291,23 +291,40 @@ def machine() -> str:
     return f"{chip} ({has}), {torch.get_num_threads()} threads; " + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
 
 
-def report(suite: str, results: dict[tuple[str, str, int | None], list[dict[str, Any]]]) -> list[str]:
-    """The suite's table: medians of all repetitions, and how many times the rate of each other one ours is."""
-    lines = [f"## {suite}", "", "| variant | shape | documents | tokens/s, median (all) | ours is | peak storages GiB | peak RSS GiB | losses |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+def report(suite: str, results: dict[tuple[str, str, int | None], list[dict[str, Any]]], how: str) -> list[str]:
+    """The suite's table: medians of all repetitions, and how many times each other one's rate and peaks ours are."""
+    lines = [
+        "",
+        how,
+        "",
+        "| variant | shape | documents | tokens/s, median (all) | ours is | peak storages GiB | peak RSS GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for (variant, shape, length), found in results.items():
-        base = next((rows for (name, one, size), rows in results.items() if name.startswith("ours") and (one, size) == (shape, length)), None)
-        rate = statistics.median(row["rate"] for row in found)
-        ratio = "" if base is None or variant.startswith("ours") else f"{statistics.median(row['rate'] for row in base) / rate:.2f}x"
+        base = next((rows for (name, one, size), rows in results.items() if name.startswith("ours") and (one, size) == (shape, length)), found)
         each = ", ".join(f"{row['rate']:.0f}" for row in found)
-        storages, rss = found[0].get("storages_gib"), found[0].get("rss_gib")
-        losses = " ".join(f"{loss:.3f}" for loss in found[0].get("losses", [])[:4])
-        more = f" (fp32: {statistics.median(row['rate_fp32'] for row in found):.0f})" if "rate_fp32" in found[0] else ""
-        lines.append(f"| {variant} | {shape} | {length or 'ragged'} | {rate:.0f} ({each}){more} | {ratio} | {'' if storages is None else f'{storages:.2f}'} "
-                     f"| {'' if rss is None else f'{rss:.2f}'} | {losses} |")  # fmt: skip
+        more = f" (fp32: {_median(found, 'rate_fp32'):.0f})" if "rate_fp32" in found[0] else ""
+        lines.append(
+            f"| {variant} | {shape} | {length or 'ragged'} | {_median(found, 'rate'):.0f} ({each}){more} | {_times(base, found, 'rate')} "
+            f"| {_peak(base, found, 'storages_gib')} | {_peak(base, found, 'rss_gib')} |"
+        )
     if suite == "losses":
         lines += ["", *side_by_side([found[0] for found in results.values()])]
     return [*lines, ""]
+
+
+def _median(found: list[dict[str, Any]], name: str) -> float:
+    return statistics.median(row[name] for row in found)
+
+
+def _times(base: list[dict[str, Any]], found: list[dict[str, Any]], name: str) -> str:
+    return "" if base is found else f"{_median(base, name) / _median(found, name):.2f}x"
+
+
+def _peak(base: list[dict[str, Any]], found: list[dict[str, Any]], name: str) -> str:
+    if found[0].get(name) is None:
+        return ""
+    return f"{_median(found, name):.2f}" + (f" ({times})" if (times := _times(base, found, name)) else "")
 
 
 def side_by_side(sides: list[dict[str, Any]]) -> list[str]:
@@ -337,21 +354,19 @@ def main() -> None:
     extra = Path(tempfile.gettempdir()) / "sparklab-bench-trl"
     if not (extra / "trl").exists():
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(extra), TRL], check=True)
-    lines = [
-        "# The engine on a CPU, beside TRL",
-        "",
-        f"`python benchmarks/engine_cpu.py --repeats {asked.repeats} --updates {asked.updates}`; {machine()}; {TRL}.",
-        "",
-    ]
+    asked.out.touch()
+    sections = dict(part.split("\n", 1) for part in asked.out.read_text(encoding="utf-8").split("\n## ")[1:])
     for suite in SUITES if asked.suite == "all" else [asked.suite]:
         results: dict[tuple[str, str, int | None], list[dict[str, Any]]] = {}
         for variants, shape, length, follow in SUITES[suite]:
-            for _ in range(1 if follow else asked.repeats):  # taking turns; bytes do not vary
+            for _ in range(1 if follow or suite == "losses" else asked.repeats):  # taking turns; bytes and losses do not vary
                 for variant in variants:
                     results.setdefault((variant, shape, length), []).append(measure(variant, shape, length, asked.updates, follow, extra))
-        lines += report(suite, results)
-        asked.out.write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+        how = f"`python benchmarks/engine_cpu.py --suite {suite} --repeats {asked.repeats} --updates {asked.updates}`; {machine()}; {TRL}."
+        sections[suite] = "\n".join(report(suite, results, how))
+        kept = [f"## {name}\n{sections[name]}" for name in SUITES if name in sections]
+        asked.out.write_text("# The engine on a CPU, beside TRL\n\n" + "\n".join(kept), encoding="utf-8")
+    print(asked.out.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
