@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 from torch import Tensor
 
-_gpu: ContextVar[bool] = ContextVar("traced_for_a_gpu", default=False)
+_Piece = TypeVar("_Piece")
+_traced_for_gpu: ContextVar[bool | None] = ContextVar("traced_for_gpu", default=None)  # None: nothing is traced, numbers are wanted
 
 
 def on_gpu(tensor: Tensor) -> bool:
     """Whether sizes and kernels are those of a GPU."""
-    return tensor.is_cuda or _gpu.get()
+    return tensor.is_cuda or bool(_traced_for_gpu.get())
+
+
+def to_do(pieces: Sequence[_Piece]) -> Sequence[_Piece]:
+    """Of pieces of work that hold no more one after the other than the first two: all of them, or those two where bytes alone are wanted."""
+    return pieces if _traced_for_gpu.get() is None else pieces[:2]
 
 
 @contextmanager
 def traced_for(gpu: bool) -> Iterator[None]:
     """Tensors without memory lie on a CPU whatever they stand for: inside, they are taken as a GPU's."""
-    token = _gpu.set(gpu)
+    token = _traced_for_gpu.set(gpu)
     try:
         yield
     finally:
-        _gpu.reset(token)
+        _traced_for_gpu.reset(token)

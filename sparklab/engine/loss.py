@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparklab.engine.device import on_gpu
+from sparklab.engine.device import on_gpu, to_do
 from sparklab.planner.items import LossTile, filled, loss_tile
 
 IGNORE = -100
@@ -35,7 +35,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_SH), sizes.tokens):
             hidden_CH, labels_C = hidden_SH[start : start + sizes.tokens], labels_S[start : start + sizes.tokens]
             tile_CV = torch.mm(hidden_CH, head_VH.t(), out=made_CV[: len(hidden_CH)])
-            for tile_RV, labels_R in zip(torch.split(tile_CV[: len(labels_C)], sizes.rows), torch.split(labels_C, sizes.rows), strict=True):
+            rows = zip(torch.split(tile_CV[: len(labels_C)], sizes.rows), torch.split(labels_C, sizes.rows), strict=True)
+            for tile_RV, labels_R in to_do(tuple(rows)):
                 total += _in_place(tile_RV, labels_R, scale, cap, wants_hidden or wants_head)
             tile_CV[len(labels_C) :].zero_()
             if grad_hidden_SH is not None:

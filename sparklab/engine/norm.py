@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparklab.engine import liger
-from sparklab.engine.device import on_gpu
+from sparklab.engine.device import on_gpu, to_do
 from sparklab.planner.fused import NORM_BLOCK
 
 _HEAD: Final = (
@@ -50,9 +50,9 @@ def _body(function: Any) -> str:
     return re.sub(r"\s+", "", re.sub(r"^.*?\)\s*(->[^:]*)?:\s*\n", "", text, count=1, flags=re.DOTALL))
 
 
-def _blocks(x_NW: Tensor) -> Iterator[slice]:
+def _blocks(x_NW: Tensor) -> Sequence[slice]:
     rows = len(x_NW) if on_gpu(x_NW) else max(1, NORM_BLOCK // x_NW.shape[1])
-    return (slice(start, start + rows) for start in range(0, len(x_NW), rows))
+    return to_do([slice(start, start + rows) for start in range(0, len(x_NW), rows)])
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -11,15 +11,12 @@ that add up to its fp32 value. What is rounded then is the difference itself: sm
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 from torch import Tensor
 
+from sparklab.engine.device import to_do
 from sparklab.planner.products import COLUMNS, sizes
-
-BLOCKS = sys.maxsize
-"""Most blocks of rows that are done: a trace looks at two, for later ones hold no more."""
 
 
 def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +29,7 @@ def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tenso
     d_q = query.new_empty((groups, padded * shared, width))
     d_k: Tensor | None = None
     d_v: Tensor | None = None
-    for start in range(0, padded, rows)[::-1][:BLOCKS]:  # the last rows meet all keys: theirs are the sums that others are added to
+    for start in to_do(range(0, padded, rows)[::-1]):  # the last rows meet all keys: theirs are the sums that others are added to
         end = min(start + rows, padded)
         here = slice(start * shared, end * shared)
         q_here, g_here, k_seen, v_seen = q[:, here], g[:, here], k[:, :end], v[:, :end]

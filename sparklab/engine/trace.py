@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
@@ -25,7 +23,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparklab.box import Box
-from sparklab.engine import norm, products
 from sparklab.engine.books import Books, Moment, follow, longest_row
 from sparklab.engine.device import traced_for
 from sparklab.engine.fast import ready_model
@@ -38,7 +35,6 @@ from sparklab.planner.traced import Traced, TracedLine
 
 CPU: Final = torch.device("cpu")  # fake tensors on a device that is not there end the process; the CPU's operations keep the same tensors
 TRACED: Final = 5  # layers of each stretch that are traced: the middle one touches neither the first nor the last
-NORM_BLOCKS: Final = 4  # blocks that a norm's rows are traced in; each holds some fp32 copies of its rows
 BLOCK_OF_CONSTANTS: Final = 256  # scales that bitsandbytes quantises together
 STAYS: Final = ("weights", "quantisation constants", "adapters", "optimizer")
 """What is held the whole time; everything else comes and goes."""
@@ -102,7 +98,7 @@ def _moments(recipe: Recipe, box: Box) -> tuple[list[Moment], int]:
     set_checkpointing(model, sum(stretch.traced for stretch in stretches if stretch.checkpointed))  # of the traced layers, not of all
     row = longest_row(recipe)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), traced_for(box.is_gpu), _in_few_blocks(row["input_ids"].numel() * causal_lm(model).config.hidden_size):
+        with FakeTensorMode(allow_non_fake_inputs=True), traced_for(box.is_gpu):
             _materialise(model)
             if box.is_gpu:
                 _use_fused_dropout(model)
@@ -111,18 +107,6 @@ def _moments(recipe: Recipe, box: Box) -> tuple[list[Moment], int]:
         reason = str(error).strip().splitlines()[0][:300]
         raise ModelError(f"{recipe.model!r} cannot be traced with this recipe: {reason}", "plan without the trace, or rehearse") from error
     return whole(moments, stretches), len(decoder_layers(model))
-
-
-@contextmanager
-def _in_few_blocks(numbers: int) -> Iterator[None]:
-    """On a CPU norms and attention go through their rows in blocks that stay in its cache; a few tell as much of bytes, in a fraction of the time."""
-    of_norms, of_products = vars(norm), vars(products)
-    before: tuple[int, int] = of_norms["NORM_BLOCK"], of_products["BLOCKS"]
-    of_norms["NORM_BLOCK"], of_products["BLOCKS"] = max(before[0], numbers // NORM_BLOCKS), 2
-    try:
-        yield
-    finally:
-        of_norms["NORM_BLOCK"], of_products["BLOCKS"] = before
 
 
 def _thin(model: nn.Module, checkpoint_layers: int | str) -> list[Stretch]:
