@@ -69,6 +69,7 @@ class LayerBytes:
         """As :attr:`Training.backward` where the layer is checkpointed; the first figure is that of running forward again."""
         parts, engine = self.parts, self._engine
         tape = Tape()  # starts with the checkpoint and the gradient from above
+        tape.recomputing = True
         tape.hold("x", self.stream)
         tape.hold("d:y", self.stream)
         _before_recomputing(parts, tape, engine)

@@ -123,9 +123,10 @@ def _experts_backward(part: Experts, engine: Engine, gates: list[str]) -> Backwa
         tape.spike(rows * x)  # zeros first, then a copy with the rows put in
         tape.drop("spread")
         tape.hold("shares", rows * x)  # what of the weights' gradient is still to be summed
-        if x > b:
+        if x > b:  # the engine casts the first gradient before it sums the second
             tape.hold("wide", rows * x)
-            tape.drop("shares")
+            if tape.recomputing:
+                tape.drop_any(f"{keeps}:down")
         tape.hold("d:down", rows * b)
         tape.drop_any("wide", "shares")
         tape.accumulate(f"d:{part.weights}", s * (4 if part.wide_weights else b))

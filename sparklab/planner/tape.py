@@ -32,6 +32,8 @@ class Tape:
         """The peak when the last adapter's input and low-rank tensor were there: running a layer again ends with the last tensor kept."""
         self.moved = 0.0
         """Bytes written to and read from memory, each new tensor counted as written once and read once."""
+        self.recomputing = False
+        """A backward pass over tensors made again, each of which goes when it was read; kept ones go after the function that reads them."""
         self.cuts: list[Peak] = []
         """Peaks of the stretches before each :meth:`cut`."""
         self._peak = self._peak_unpacked = self._unpacked = 0.0
