@@ -6,7 +6,7 @@ from typing import Final
 
 MULTIPLE: Final = 32  # lengths are padded to one: oneDNN makes, and keeps, kernels for every shape that it meets
 ROWS: Final = 256  # most queries whose weights are made at once, against all keys up to theirs
-NUMBERS: Final = 2**21  # most weights made at once, unless MULTIPLE rows have more
+NUMBERS: Final = 2**23  # most weights made at once, unless MULTIPLE rows have more
 COLUMNS: Final = 4  # three parts of a number in fp32, and one more: bf16 products like even counts
 
 
