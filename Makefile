@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
+# Files in their own order: by default those with few tests, which are the long ones, would come last, and one core would wait for the other.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 FILES := sparklab tests examples benchmarks
 
 .PHONY: quickstart test test-fast test-browser lint lab notebooks wheel pins clean
