@@ -366,9 +366,11 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
                 tape.spike(keys)
             if name in grads:
                 tape.accumulate(f"d:{name}", size)
-        products = held_bytes(engine.longest, part.heads, part.kv_heads, part.head_dim) / engine.tokens
+        work = document * (queries + 2 * keys)
+        if document and b == 2:
+            work = held_bytes(engine.longest, part.heads, part.kv_heads, part.head_dim) / engine.tokens
         wider = keys - values if padded and not blockwise else 0  # the values' gradient, until it is cut to their width
-        tape.spike((products if document and b == 2 else document * (queries + 2 * keys)) + wider)
+        tape.spike(work + wider)
         tape.drop_any("pieces", out, f"{part.writes}:lse", *(f"{kept}:{name}" for name in sizes))
         tape.drop_any("padded gradient", gradient)
 
