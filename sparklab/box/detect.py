@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparklab.box.meter import read_memory
+from sparklab.box.meter import read_memory, read_usable
 from sparklab.box.others import held_by_others, held_on_gpus
 from sparklab.box.profiles import CHIPS, PROFILES
 from sparklab.units import GIB, MIB, NA, is_na
@@ -87,7 +87,7 @@ def _rates(known: dict[str, Any] | None) -> dict[str, Any]:
 
 def _cpu(root: Path) -> dict[str, Any]:
     """This machine's processor and its memory, within the limit of the container it runs in."""
-    memory = read_memory(root / "proc").within_limit()
+    memory = read_usable(root / "proc", unified=False)
     info = _first_fields(root / "proc" / "cpuinfo")
     flags = set((info.get("flags") or info.get("Features") or "").split())
     cores = _count_cores(root / "proc" / "cpuinfo")

@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 
 from sparklab.box.box import Box
 from sparklab.box.detect import Runner, detect_facts, run_command
-from sparklab.box.meter import MemorySnapshot, read_memory
+from sparklab.box.meter import read_usable
 from sparklab.box.others import CACHE, SWAP
 from sparklab.box.watchdog import read_pressure, read_sizes
 from sparklab.units import GIB, NA, format_bytes, is_na
@@ -154,8 +154,7 @@ class Examination:
     def __init__(self, machine: Machine, disk: tuple[Path, float] | None = None) -> None:
         self.machine, self.disk = machine, disk
         self.box = Box(**detect_facts(machine.root, machine.run))
-        memory = read_memory(machine.root / "proc")
-        self.memory: MemorySnapshot = memory if self.box.is_gpu and self.box.unified else memory.within_limit()
+        self.memory = read_usable(machine.root / "proc", unified=self.box.unified)
         self.torch = machine.ask_torch()
         devices = self.torch.get("devices") or []
         self.capability = tuple(devices[0]["capability"]) if devices else (0, 0)

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from sparklab.box.detect import Runner, run_command
-from sparklab.box.meter import MemorySnapshot, read_memory
+from sparklab.box.meter import MemorySnapshot, read_usable
 from sparklab.box.others import device_sizes
 from sparklab.box.watchdog import named_largest, process_sizes, read_swapped
 from sparklab.units import MIB, NA, jsonable
@@ -114,8 +114,7 @@ class LiveMeter:
             then, device, others = self._dear
             age = time.monotonic() - then
         swap_in, swap_out = self._swap_rates()
-        memory = read_memory(self._proc)
-        memory = memory if self._unified else memory.within_limit()
+        memory = read_usable(self._proc, unified=self._unified)
         return Look(memory=memory, swap_in_rate=swap_in, swap_out_rate=swap_out, allocated_bytes=allocated, reserved_bytes=reserved,
                     device=device, device_bytes=device.held.get(os.getpid(), NA), others=others, age_seconds=age)  # fmt: skip
 

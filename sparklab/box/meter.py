@@ -45,10 +45,7 @@ class MemorySnapshot:
     """The most it ever held (VmHWM)."""
 
     def within_limit(self) -> MemorySnapshot:
-        """The pool as far as this container may have it: the same where it has no limit of its own.
-
-        Not for a unified box's pool: there the limit does not hold what CUDA takes.
-        """
+        """The pool as far as this container may have it: the same where it has no limit of its own."""
         if is_na(self.limit_bytes):
             return self
         free = min(self.free_bytes, self.limit_free_bytes)
@@ -90,3 +87,9 @@ def read_memory(proc: Path = Path("/proc"), pid: int | None = None) -> MemorySna
         rss_bytes=process.get("VmRSS", NA),
         rss_peak_bytes=process.get("VmHWM", NA),
     )
+
+
+def read_usable(proc: Path = Path("/proc"), *, unified: bool) -> MemorySnapshot:
+    """As :func:`read_memory`, within the limit of the container unless the box is ``unified``: there the limit does not hold what CUDA takes."""
+    memory = read_memory(proc)
+    return memory if unified else memory.within_limit()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from sparklab.box.meter import MemorySnapshot, read_memory
+from sparklab.box.meter import MemorySnapshot, read_usable
 from sparklab.box.watchdog import process_name, process_sizes
 from sparklab.units import MIB, NA, format_bytes, is_na, jsonable
 
@@ -76,7 +76,7 @@ def read_pool(reserve_bytes: float, proc: Path = Path("/proc"), on_device: Mappi
 
     ``on_device``: bytes by process id of what a device holds in the same pool, which /proc does not show (a unified box).
     """
-    memory = read_memory(proc) if unified else read_memory(proc).within_limit()
+    memory = read_usable(proc, unified=unified)
     used = memory.total_bytes - memory.free_bytes - memory.cached_bytes
     least = max(LEAST_BYTES, 0.0 if is_na(used) else LEAST_SHARE * memory.total_bytes)
     sizes = process_sizes(proc)

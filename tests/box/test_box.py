@@ -13,7 +13,9 @@ import pytest
 
 from sparklab.box import Box
 from sparklab.box.detect import detect_facts
-from sparklab.box.meter import read_memory
+from sparklab.box.live import LiveMeter
+from sparklab.box.meter import read_memory, read_usable
+from sparklab.box.pool import read_pool
 from sparklab.errors import BoxError
 from sparklab.units import GIB, KIB, is_na
 
@@ -220,6 +222,16 @@ def test_meter_reads_what_is_there(tmp_path: Path) -> None:
         "rss_bytes": 1024 * KIB,
         "rss_peak_bytes": 2048 * KIB,
     }
+
+
+def test_the_limit_of_a_container_is_for_boxes_with_memory_of_their_own(tmp_path: Path) -> None:
+    limits = {"sys__fs__cgroup__memory.max": str(4 * GIB), "sys__fs__cgroup__memory.current": str(GIB), "sys__fs__cgroup__memory.stat": "anon 5\n"}
+    proc = machine(tmp_path, cpuinfo=X86, **limits) / "proc"
+    whole, within = read_usable(proc, unified=True), read_usable(proc, unified=False)
+    assert (whole.total_bytes, whole.available_bytes, whole.limit_bytes) == (120 * GIB, 100 * GIB, 4 * GIB)
+    assert (within.total_bytes, within.available_bytes, within.free_bytes, within.cached_bytes) == (4 * GIB, 3 * GIB, 3 * GIB, 0)
+    looks = [LiveMeter(unified, proc).look().memory.total_bytes for unified in (True, False)]
+    assert looks == [read_pool(0.0, proc, unified=unified).memory.total_bytes for unified in (True, False)] == [120 * GIB, 4 * GIB]
 
 
 @pytest.mark.parametrize("broken", ["", "MemTotal\n:::\nMemAvailable: many kB\n"])
