@@ -1,6 +1,6 @@
 """The doctor: what about this machine would spoil a run, each finding with its figures and the one line that mends it.
 
-Nothing is loaded here but the standard library; torch is asked in a process of its own. What is known of unified boxes was published by
+Nothing heavy is loaded here; torch is asked in a process of its own. What is known of unified boxes was published by
 others and is not measured by us on one.
 """
 
@@ -20,6 +20,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
 from sparklab.box.box import Box
 from sparklab.box.detect import Runner, detect_facts, run_command
 from sparklab.box.meter import read_usable
@@ -30,7 +34,6 @@ from sparklab.units import GIB, NA, format_bytes, is_na
 Level = Literal["ok", "note", "warning", "fault"]
 LEVELS: Final = ("ok", "note", "warning", "fault")
 EXIT_STATUS: Final = {"ok": 0, "note": 0, "warning": 3, "fault": 4}
-LIGER: Final = "0.8."
 SECONDS_FOR_TORCH: Final = 120.0
 LEAST_DISK: Final = 10 * GIB  # free on the disk where nothing is said of a run
 TORCH: Final = """
@@ -112,6 +115,15 @@ def installed(name: str) -> str | None:
         return None
 
 
+def wanted(name: str) -> SpecifierSet:
+    """The versions of a package that this sparklab asks for, also by an extra, as its own metadata says; any where it says nothing."""
+    try:
+        asked = map(Requirement, importlib.metadata.requires("sparklab") or ())
+        return next((one.specifier for one in asked if canonicalize_name(one.name) == name), SpecifierSet())
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return SpecifierSet()
+
+
 def home_of(name: str) -> Path | None:
     """The directory of a package, which is not loaded for it."""
     found = importlib.util.find_spec(name)
@@ -143,6 +155,7 @@ class Machine:
     run: Runner = run_command
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     version: Callable[[str], str | None] = installed
+    wanted: Callable[[str], SpecifierSet] = wanted
     folder: Callable[[str], Path | None] = home_of
     ask_torch: Callable[[], dict[str, Any]] = torch_facts
     free_disk: Callable[[Path], float] = free_disk
@@ -213,12 +226,12 @@ class Examination:
     def _liger(self) -> Iterator[Finding]:
         if not self.torch.get("cuda") or not self.torch.get("available"):
             return
-        version = self.machine.version("liger-kernel")
+        version, wanted = self.machine.version("liger-kernel"), self.machine.wanted("liger-kernel")
         if version is None:
             yield Finding("Liger", "note", "CUDA here, and liger-kernel is not installed: norms, rotary positions and SwiGLU run in sparklab's own PyTorch",
                           "pip install 'sparklab[gpu]'")  # fmt: skip
-        elif not version.startswith(LIGER):
-            yield Finding("Liger", "note", f"liger-kernel {version} is not one that sparklab was written against ({LIGER}x); it is tried before it is used",
+        elif not wanted.contains(version, prereleases=True):
+            yield Finding("Liger", "note", f"liger-kernel {version} is not one that sparklab was written against ({wanted}); it is tried before it is used",
                           "pip install 'sparklab[gpu]'")  # fmt: skip
         else:
             yield Finding("Liger", "ok", f"liger-kernel {version}")

@@ -1,17 +1,21 @@
 """The doctor: every finding on machines made up for it, what it prints, and this machine."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
+import tomllib
 
 import pytest
-from support import run_cli
+from packaging.specifiers import SpecifierSet
+from support import ROOT, run_cli
 
-from sparklab.box.doctor import Checkup, Examination, Finding, Machine, installed, torch_facts
+from sparklab.box.doctor import Checkup, Examination, Finding, Machine, installed, torch_facts, wanted
 from sparklab.units import GIB
 
 SPARK_TORCH = {"version": "2.15.0", "cuda": "13.2", "hip": None, "available": True, "architectures": ["sm_90", "sm_120"],
                "devices": [{"name": "NVIDIA GB10", "capability": [12, 1], "integrated": True}]}  # fmt: skip
+LIGER = SpecifierSet(">=0.8.5,<0.9")
 CPU_TORCH = {"version": "2.13.0+cpu", "cuda": None, "hip": None, "available": False, "devices": []}
 VERSIONS = {"bitsandbytes": "0.50.2", "triton": "3.9.0", "liger-kernel": "0.8.5", "ipykernel": "7.3.0", "jupyterlab": "4.6.6",
             "anywidget": "0.11.0"}  # fmt: skip
@@ -43,7 +47,7 @@ class Made:
         for version in self.libraries:
             (folder / f"libbitsandbytes_cuda{version}.so").touch()
         machine = Machine(self.root, lambda command: self.smi if (command[0] == "nvidia-smi" and "compute" not in command[1]) or "cap" in command[1] else "",
-                          self.environ, self.versions.get, lambda name: folder, lambda: self.torch, lambda path: self.free)  # fmt: skip
+                          self.environ, self.versions.get, lambda name: LIGER, lambda name: folder, lambda: self.torch, lambda path: self.free)  # fmt: skip
         return Checkup(tuple(Examination(machine, self.disk).findings()))
 
 
@@ -110,7 +114,13 @@ CASES = [
     (set_(libraries=[]), "bitsandbytes", "fault", "only for none", "pip install --upgrade"),
     (lambda made: made.versions.pop("bitsandbytes"), "bitsandbytes", "fault", "not installed", "pip install bitsandbytes"),
     (lambda made: made.versions.pop("liger-kernel"), "Liger", "note", "liger-kernel is not installed", "pip install 'sparklab[gpu]'"),
-    (lambda made: made.versions.update({"liger-kernel": "0.6.1"}), "Liger", "note", "liger-kernel 0.6.1 is not one", "pip install 'sparklab[gpu]'"),
+    (
+        lambda made: made.versions.update({"liger-kernel": "0.6.1"}),
+        "Liger",
+        "note",
+        f"0.6.1 is not one that sparklab was written against ({LIGER})",
+        "pip install 'sparklab[gpu]'",
+    ),
     (set_(), "ptxas", "warning", "sm_121a is not defined", "export TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas"),
     (lambda made: (made.root / "usr/local/cuda/bin/ptxas").unlink(), "ptxas", "warning", "sm_121a", "install the CUDA toolkit"),
     (set_(environ={"TRITON_PTXAS_PATH": "nowhere/ptxas"}), "ptxas", "warning", "'nowhere/ptxas', which does not exist", "export"),
@@ -145,6 +155,19 @@ def test_findings(made, change, name, level, word, fix):
     assert bool(found.fix) == bool(fix)
     assert "\x1b" not in found.fact
     assert "\n" not in found.fact + found.fix
+
+
+def test_which_liger_is_wanted_is_said_in_pyproject_alone(monkeypatch):
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=2.11", *(f'{line}; extra == "gpu"' for line in asked)])
+    assert [wanted("liger-kernel").contains(version) for version in ("0.8.4", "0.8.5", "0.8.17", "0.9.0")] == [False, True, True, False]
+    assert wanted("torch").contains("2.11") and wanted("numpy") == SpecifierSet(), "any, where nothing is asked"
+
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", not_installed)
+    assert wanted("liger-kernel") == SpecifierSet()
 
 
 def test_what_it_says_and_exits_with():
