@@ -35,10 +35,12 @@ finished       step, seconds, tokens, tokens_per_second (non-pad), peak_bytes
 from __future__ import annotations
 
 import json
+import math
 import operator
 import os
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final
@@ -227,3 +229,34 @@ def steering(events: Iterable[Event]) -> list[Event]:
             asked = [other for other in asked if other["event"] != event["event"] or other["step"] < event["step"]]
             asked.append(event)
     return sorted(asked, key=lambda event: event["step"])
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a worker goes on from, of a diary that others began."""
+
+    steering: list[Event]
+    """As :func:`steering` finds it."""
+    best_loss: float
+    """The lowest held-out loss of the story; infinite where none was measured."""
+    changes: int
+    """How often the run went on with something changed."""
+
+
+def recall(events: Iterable[Event]) -> Past:
+    """The past in one reading that holds no event longer than it needs: of evaluations those that beat all before them, as a restart may take back the last."""
+    asked: list[Event] = []
+    best: list[tuple[int, float]] = []  # nth and loss, falling
+    changes = 0
+    for event in events:
+        kind, nth, loss = event["event"], event.get("nth"), event.get("loss")
+        if kind in STEERING:
+            asked.append(event)
+        elif kind == "changed":
+            changes += 1
+        elif kind in ("started", "eval") and isinstance(nth, int):
+            while best and best[-1][0] >= nth:
+                best.pop()
+            if kind == "eval" and isinstance(loss, float) and loss < (best[-1][1] if best else math.inf):
+                best.append((nth, loss))
+    return Past(steering(asked), best[-1][1] if best else math.inf, changes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
@@ -27,7 +26,7 @@ from sparklab.engine.trainer import PackedTrainer
 from sparklab.model import load
 from sparklab.run import guard, inputs
 from sparklab.run.directory import RunDirectory
-from sparklab.run.events import EventReader, EventWriter, steering, story
+from sparklab.run.events import EventReader, EventWriter, recall
 from sparklab.run.exhausted import Exhausted
 from sparklab.run.guard import Floors
 from sparklab.run.reporter import Reporter
@@ -106,12 +105,11 @@ class Session:
             soft_floor_bytes=self.floors and self.floors.soft_bytes, hard_floor_bytes=self.floors and self.floors.hard_bytes,
         )  # fmt: skip
         self._tell_of_the_guard()
-        past = list(EventReader(self.directory.events_path).read_new())
-        self.reporter.steer(steering(past))
-        losses = [event["loss"] for event in story(past) if event["event"] == "eval" and isinstance(event.get("loss"), float)]
-        self.reporter.best_loss = min(losses, default=math.inf)
+        past = recall(EventReader(self.directory.events_path).read_new())
+        self.reporter.steer(past.steering)
+        self.reporter.best_loss = past.best_loss
         accepted = inputs.accepted(self.directory)
-        if len(accepted) > sum(event["event"] == "changed" for event in past):
+        if len(accepted) > past.changes:
             self.events.write("changed", what=accepted[-1])
 
     def _train(self, trainer: PackedTrainer, resume_from: Path | None) -> bool:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from random import Random
 
 import pytest
@@ -16,7 +17,7 @@ from sparklab.errors import RunBusy, RunError, RunExists, RunNotFound
 from sparklab.files import write_json
 from sparklab.run import events as diary
 from sparklab.run.directory import RunDirectory
-from sparklab.run.events import EventReader, EventWriter
+from sparklab.run.events import EventReader, EventWriter, recall, steering, story
 from sparklab.run.state import RunState
 
 
@@ -212,6 +213,40 @@ def test_what_is_written_is_read_in_order(tmp_path):
     events = list(EventReader(tmp_path / "events.jsonl").read_new())
     assert [event["seq"] for event in events] == list(range(5)) and len(events) == 5
     assert events[0]["message"] == "مرحبا 0\n\x1b[31m \udc80" and events[0]["value"] is None
+
+
+def interrupted(seed):
+    """A diary with crashes: updates and evaluations numbered through, taken back to some earlier number now and then."""
+    random, told, made = Random(seed), 0, [{"event": "started", "nth": 0}]
+    for _ in range(200):
+        kind = random.choices(("step", "eval", "started", "learning_rate", "changed"), (60, 30, 6, 2, 2))[0]
+        if kind == "started":
+            told = random.randrange(told + 1)
+        made.append({"event": kind, "step": told} | ({"nth": told} if kind in diary.STORY | {"started"} else {}))
+        if kind in diary.STORY:
+            made[-1]["loss"] = None if random.random() < 0.1 else round(random.random() + 50 / (1 + told), 2)
+            told += 1
+    return made
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_resume_recalls_is_what_the_whole_diary_says(seed):
+    events = interrupted(seed)
+    losses = [event["loss"] for event in story(events) if event["event"] == "eval" and event["loss"] is not None]
+    past = recall(iter(events))
+    assert (past.steering, past.best_loss) == (steering(events), min(losses, default=math.inf))
+    assert past.changes == sum(event["event"] == "changed" for event in events)
+
+
+def test_what_a_resume_holds_of_a_diary_does_not_grow_with_it():
+    peaks = []
+    for count in (100, 10_000):
+        events = ({"event": ("step", "eval")[index % 2], "nth": index, "step": index, "loss": 2.0 + index % 7} for index in range(count))
+        tracemalloc.start()
+        assert recall(events).best_loss == 2.0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 4096, peaks
 
 
 def test_a_reader_waits_for_the_end_of_a_line(tmp_path):
