@@ -67,18 +67,21 @@ def swatch(colour: str, *, hatched: bool = False) -> str:
     return f'<span style="display:inline-block;background:{fill};width:10px;height:10px;border-radius:2px;margin-right:6px"></span>'
 
 
-def smooth(values: Sequence[float], beta: float) -> list[float]:
+def smooth(values: Sequence[float], beta: float, at: Sequence[int] | None = None) -> list[float]:
     """The line that best fits the neighbours of each value, their weights falling by ``beta`` a step to both sides.
 
     A plain running mean lags behind a falling loss and is wrong at both ends; a local line is neither, so the newest value can be read off.
-    A value that is not finite weighs nothing and has no smoothed one.
+    A value that is not finite weighs nothing and has no smoothed one. ``at``: only at these places, ascending, though by all values.
 
     >>> [round(value, 9) for value in smooth([3.0, 2.0, 1.0, 0.0], 0.9)]
     [3.0, 2.0, 1.0, 0.0]
     """
+    wanted = range(len(values)) if at is None else at
     smoothed = []
-    before, after = _moments(values, beta), _moments(values[::-1], beta)[::-1]
-    for value, (left0, left1, left2, left_y, left_xy), (right0, right1, right2, right_y, right_xy) in zip(values, before, after, strict=True):
+    before = _moments(values, beta, wanted)
+    after = _moments(values[::-1], beta, [len(values) - 1 - place for place in reversed(wanted)])[::-1]
+    for place, (left0, left1, left2, left_y, left_xy), (right0, right1, right2, right_y, right_xy) in zip(wanted, before, after, strict=True):
+        value = values[place]
         if not math.isfinite(value):
             smoothed.append(math.nan)
             continue
@@ -89,15 +92,17 @@ def smooth(values: Sequence[float], beta: float) -> list[float]:
     return smoothed
 
 
-def _moments(values: Sequence[float], beta: float) -> list[tuple[float, float, float, float, float]]:
-    """At each value, sums over it and those before it, d steps away, weighing beta**d: of 1, d, d*d, y and d*y."""
+def _moments(values: Sequence[float], beta: float, at: Sequence[int]) -> list[tuple[float, float, float, float, float]]:
+    """At each place of ``at``, sums over its value and those before it, d steps away, weighing beta**d: of 1, d, d*d, y and d*y."""
     s0 = s1 = s2 = y = xy = 0.0
-    sums = []
-    for value in values:
-        s0, s1, s2, y, xy = beta * s0, beta * (s1 + s0), beta * (s2 + 2 * s1 + s0), beta * y, beta * (xy + y)
-        if math.isfinite(value):
-            s0, y = s0 + 1, y + value
+    sums, start = [], 0
+    for place in at:
+        for value in values[start : place + 1]:
+            s0, s1, s2, y, xy = beta * s0, beta * (s1 + s0), beta * (s2 + 2 * s1 + s0), beta * y, beta * (xy + y)
+            if math.isfinite(value):
+                s0, y = s0 + 1, y + value
         sums.append((s0, s1, s2, y, xy))
+        start = place + 1
     return sums
 
 

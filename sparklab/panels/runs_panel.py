@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, overload
 from sparklab.errors import RunNotFound
 from sparklab.panels import runs_view
 from sparklab.panels.resident import Watcher
-from sparklab.panels.runs_view import Entry
+from sparklab.panels.runs_view import Drawn, Entry
 from sparklab.run.directory import RunDirectory
 
 R = TypeVar("R")
@@ -61,12 +61,13 @@ class RunTable(Watcher, Sequence[R], Generic[R]):
         self._directories = tuple(directories)
         self._make = make
         self._followers = [directory.follow() for directory in directories]
+        self._drawn = [Drawn() for _ in directories]
 
     def entries(self) -> list[Entry]:
         """The runs as they stand now."""
         return [
-            Entry(directory, follower.refresh(), runs_view.recipe_of(directory), directory.plan)
-            for directory, follower in zip(self._directories, self._followers, strict=True)
+            Entry(directory, follower.refresh(), runs_view.recipe_of(directory), directory.plan, drawn)
+            for directory, follower, drawn in zip(self._directories, self._followers, self._drawn, strict=True)
         ]
 
     @property

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Final
 
@@ -23,20 +23,40 @@ COLOURS: Final = SEGMENTS[:-1]
 MOST_DRAWN: Final = len(COLOURS)
 """Curves in one picture: as many as there are colours that can be told apart."""
 MOST_POINTS: Final = 500
-"""Of one curve in the live table: a point for every other pixel."""
+"""Of one curve: a point for every other pixel."""
 _SAME: Final = frozenset({"model", "method", "sample_prompts"})
 """Fields that the table shows anyway, or that change nothing."""
 _TONES: Final = {"run": parts.LOSS, "good": parts.GOOD, "warn": parts.WARN, "bad": parts.BAD}
 
 
+class Drawn:
+    """The updates of one run that are drawn, and its smoothed training loss at each; worked out again only where the run has made others."""
+
+    def __init__(self) -> None:
+        self._of = ""
+        self._points: tuple[Sequence[int], list[float]] = ((), [])
+
+    def points(self, state: RunState) -> tuple[Sequence[int], list[float]]:
+        """(which of the updates, from 0; smoothed loss at each). The last update is always among them."""
+        count = len(state.losses)
+        last = [series[-1] for series in (state.loss_steps, state.losses, state.step_seconds) if count]
+        of = repr((count, state.steps, last))  # in words, for NaN is not equal to itself
+        if of != self._of:
+            places = range(0, count, max(1, -(-count // MOST_POINTS)))
+            kept = [*places, *([count - 1] if places and places[-1] != count - 1 else [])]
+            self._of, self._points = of, (kept, parts.smooth(state.losses, parts.smoothing(state.steps), kept))
+        return self._points
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One run: its directory, its state now, its recipe (None where it cannot be read) and its plan."""
+    """One run: its directory, its state now, its recipe (None where it cannot be read), its plan, and its curve as far as it is worked out."""
 
     directory: RunDirectory
     state: RunState
     recipe: Recipe | None
     plan: dict[str, Any]
+    drawn: Drawn = field(default_factory=Drawn)
 
     @property
     def name(self) -> str:
@@ -71,7 +91,7 @@ def figures(entry: Entry) -> dict[str, Any]:
     recipe = entry.recipe
     values = {
         "run": str(entry.directory.path), "status": state.status, "model": recipe.model if recipe else None, "method": recipe.method if recipe else None,
-        "step": state.step, "steps": state.steps, "loss": parts.smooth(state.losses, parts.smoothing(state.steps))[-1] if state.losses else NA,
+        "step": state.step, "steps": state.steps, "loss": entry.drawn.points(state)[1][-1] if state.losses else NA,
         "best_held_out_loss": best["loss"] if best else NA, "exact_match": scored[-1] if scored else NA, "tokens": state.tokens,
         "tokens_per_second": _pace(state), "peak_gib": gib(state.peak_bytes), "planned_gib": entry.plan.get("peak_gib"),
         "seconds": state.elapsed_seconds,
@@ -120,12 +140,14 @@ def table(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def points(entry: Entry, tokens: bool) -> tuple[list[float], list[float], list[tuple[float, float]]]:
-    """x (updates, or tokens seen) and smoothed training loss of every update, and (x, loss) of every evaluation."""
+    """x (updates, or tokens seen) and smoothed training loss of the updates that are drawn, and (x, loss) of every evaluation."""
     state = entry.state
-    xs = list(accumulate(state.step_tokens)) if tokens else [float(step) for step in state.loss_steps]
-    place = {0.0: 0.0, **{float(step): x for step, x in zip(state.loss_steps, xs, strict=True)}}
+    xs: Sequence[float] = list(accumulate(state.step_tokens)) if tokens else state.loss_steps
+    measured = {score["step"] for score in state.evals}
+    place: dict[float, float] = {0.0: 0.0, **{step: float(x) for step, x in zip(state.loss_steps, xs, strict=True) if step in measured}}
     evals = [(place[score["step"]], score["loss"]) for score in state.evals if score["step"] in place and not is_na(score["loss"])]
-    return xs, parts.smooth(state.losses, parts.smoothing(state.steps)), evals
+    kept, losses = entry.drawn.points(state)
+    return [float(xs[index]) for index in kept], losses, evals
 
 
 def view(entries: Sequence[Entry]) -> tuple[dict[str, Any], bytes]:
@@ -134,10 +156,8 @@ def view(entries: Sequence[Entry]) -> tuple[dict[str, Any], bytes]:
     curves, numbers = [], array.array("f")
     for entry in entries[:MOST_DRAWN]:
         xs, ys, evals = points(entry, seen["by_tokens"])
-        stride = max(1, -(-len(xs) // MOST_POINTS))
-        kept = [*range(0, len(xs), stride), *([len(xs) - 1] if xs and (len(xs) - 1) % stride else [])]
-        numbers.extend(value for index in kept for value in (xs[index], ys[index]))
-        curves.append({"count": len(kept), "evals": [list(point) for point in evals]})
+        numbers.extend(value for point in zip(xs, ys, strict=True) for value in point)
+        curves.append({"count": len(xs), "evals": [list(point) for point in evals]})
     if sys.byteorder == "big":
         numbers.byteswap()
     return {**seen, "title": _title(entries), "about": _about(entries), "curves": curves}, numbers.tobytes()

@@ -78,6 +78,12 @@ def test_smoothing_passes_over_what_is_not_a_number():
     assert all(math.isnan(value) for value in parts.smooth([math.nan] * 3, 0.9))
 
 
+def test_smoothing_at_some_places_is_by_all_values():
+    values = [math.sin(index * 7.1) + 30 / (index + 1) for index in range(200)] + [math.nan, 2.0]
+    places = [0, 1, 60, 120, 180, 201]
+    assert parts.smooth(values, 0.9, places) == [parts.smooth(values, 0.9)[place] for place in places] and parts.smooth(values, 0.9, []) == []
+
+
 def test_a_chart_of_many_points_is_small_and_keeps_its_spikes():
     values = [1.0] * 100_000
     values[54_321] = 9.0

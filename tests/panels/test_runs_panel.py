@@ -54,6 +54,25 @@ def test_tokens_are_the_axis_where_updates_differ_in_size(folder):
     assert "4k tokens" in content and ">40<" not in content
 
 
+def test_a_long_run_is_smoothed_once_until_it_goes_on_and_where_it_is_drawn(tmp_path, monkeypatch):
+    directory = make_directory(tmp_path / "long")
+    loss = {"loss": lambda i: 3 / i + 0.1 * math.sin(i)}
+    write(directory, STARTED, *steps(1201, total=1300, **loss), {"event": "eval", "step": 600, "loss": 0.5})
+    asked, smooth = [], parts.smooth
+    monkeypatch.setattr(parts, "smooth", lambda values, *more: asked.append(len(values)) or smooth(values, *more))
+    table = sl.runs(directory.path)
+    for _ in range(2):
+        view, _ = runs_view.view(table.entries())
+        table._repr_html_(), table.to_dict(), str(table)
+    assert asked == [1201]
+    xs, ys, evals = runs_view.points(table.entries()[0], tokens=False)
+    whole = smooth([loss["loss"](i) for i in range(1, 1202)], parts.smoothing(1300))
+    assert xs == [*map(float, range(1, 1202, 3))] and ys == [whole[int(x) - 1] for x in xs] and evals == [(600.0, 0.5)]
+    assert view["curves"][0]["count"] == len(xs) == 401 and table.to_dict()["runs"][0]["loss"] == whole[-1]
+    write(directory, *steps(1, first=1202, total=1300, **loss))
+    assert runs_view.points(table.entries()[0], tokens=False)[0][-2:] == [1201.0, 1202.0] and asked == [1201, 1202]
+
+
 def test_the_twin_is_inert(tmp_path):
     directory = make_directory(tmp_path / f"x{HOSTILE[:9]}", targets=HOSTILE[:40])
     other = make_directory(tmp_path / "y")
