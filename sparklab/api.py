@@ -349,6 +349,7 @@ class Run:
             "loss": state.losses[-1] if state.losses else None, "best_held_out_loss": best["loss"] if best else None,
             "worker": str(self.directory.owner or "") or None,
             "tokens": state.tokens, "tokens_per_second": state.tokens_per_second, "peak_bytes": state.peak_bytes,
+            "warnings": [note["text"] for note in state.messages if note["event"] == "warning"],
         }  # fmt: skip
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from sparklab.data.encode import Encoder
 from sparklab.data.faults import Faults, Skipped
 from sparklab.data.packed import Row, Rows, longest_micro_batch, make_row
 from sparklab.data.render import Tokenizer
-from sparklab.data.report import DataReport
+from sparklab.data.report import DataReport, few_updates
 from sparklab.data.tokenise import Tell
 from sparklab.errors import DataError
 
@@ -130,4 +130,5 @@ def report_of(corpus: Corpus, rows: int, skipped: int = 0) -> DataReport:
         duplicates=split.duplicates(train.keys),
         ignored_fields=dict(ignored),
         template_warnings=tuple(warnings),
+        few_updates=few_updates(train.recipe, rows, len(train.slices)),
     )

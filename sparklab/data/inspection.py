@@ -72,7 +72,7 @@ def _numbers(corpus: Corpus, report: DataReport) -> Answer:
     flags = np.concatenate([one.store.records["flags"] for one in corpus.opened])
     scripts = np.concatenate([one.store.records["scripts"] for one in corpus.opened])
     return {
-        "report": {name: value for name, value in report.to_dict().items() if name not in ("warnings", "template_warnings")},
+        "report": {name: value for name, value in report.to_dict().items() if name not in ("warnings", "template_warnings", "few_updates")},
         "lengths": _histogram(lengths),
         "scripts": {name: count for place, name in enumerate(signs.SCRIPTS) if (count := int((scripts >> np.uint64(place) & np.uint64(1)).sum()))},
         "flags": {name: int((flags & bit > 0).sum()) for name, (bit, _) in FLAGS.items()},
@@ -137,6 +137,8 @@ def _findings(corpus: Corpus, report: DataReport) -> Iterator[Answer]:
         yield {"name": "ignored", "count": count, "filter": "all", "words": f"the field {name} is not used ({count:,} of {records:,} records)"}
     for warning in report.template_warnings:
         yield {"name": "template", "count": 1, "filter": "all", "words": warning}
+    if report.few_updates and recipe.max_steps:  # how many are meant, is said; without that the rows may not be as long as those of the training
+        yield {"name": "few", "count": report.rows, "filter": "all", "words": report.few_updates}
 
 
 def _verdict(refusals: list[DataError], findings: list[Answer]) -> Answer:

@@ -3,10 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sparklab.units import format_count
+
+if TYPE_CHECKING:
+    from sparklab.planner.recipe import Recipe
+
+FEW_UPDATES: Final = 10
+"""A run of fewer is over before its learning rate has come down, and is mostly not meant."""
+
+
+def total_steps(recipe: Recipe, rows: int) -> int:
+    """Updates in the whole run: rows a pass over rows an update, rounded up, times passes; or max_steps where that is less."""
+    steps = math.ceil(math.ceil(rows / recipe.micro_batches_per_update) * recipe.epochs)
+    return min(steps, recipe.max_steps or steps)
+
+
+def few_updates(recipe: Recipe, rows: int, documents: int) -> str:
+    """Where a run ends before ``max_steps``, or without one after fewer than ten updates: why, and which ``epochs`` make more; else "".
+
+    >>> from sparklab.planner.recipe import Recipe
+    >>> few_updates(Recipe(model="tiny", data="six.jsonl", max_steps=2, micro_batch_tokens=2048), rows=1, documents=6)
+    'max_steps is 2, and the run ends after 1 update: 6 documents fill 1 row of 2,048 tokens; epochs=2 makes 2'
+    """
+    wanted, steps = recipe.max_steps or FEW_UPDATES, total_steps(recipe, rows)
+    if not rows or steps >= wanted:
+        return ""
+    a_pass = math.ceil(rows / recipe.micro_batches_per_update)
+    epochs = math.ceil(wanted / a_pass)
+    fact = f"max_steps is {recipe.max_steps:,}, and the run" if recipe.max_steps else "the run"
+    at_once = f", {recipe.micro_batches_per_update:,} an update" if recipe.micro_batches_per_update > 1 else ""
+    return (
+        f"{fact} ends after {_counted(steps, 'update')}: {_counted(documents, 'document')} fill{'s' * (documents == 1)} {_counted(rows, 'row')} of "
+        f"{recipe.micro_batch_tokens:,} tokens{at_once}; epochs={epochs:,} makes {total_steps(recipe.replace(epochs=float(epochs)), rows):,}"
+    )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +89,8 @@ class DataReport:
     skipped: int = 0
     """Records that cannot be used and were left out (``on_bad="skip"``); they are written down in the run directory."""
     template_warnings: tuple[str, ...] = ()
+    few_updates: str = ""
+    """As :func:`few_updates` says it."""
 
     @property
     def fill(self) -> float:
@@ -66,7 +105,7 @@ class DataReport:
     @property
     def warnings(self) -> list[str]:
         """What a person should know before spending a step, in words."""
-        found = list(self.template_warnings)
+        found = [*self.template_warnings, *([self.few_updates] if self.few_updates else [])]
         for count, what in (
             (self.truncated + self.held_out_truncated, "documents were cut at max_length, and with the end their last answer's end-of-turn"),
             (self.split, "documents were split at max_length: what comes later does not see what came before"),

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArgum
 
 from sparklab.data.dataset import Row
 from sparklab.data.pack import epoch_order
+from sparklab.data.report import total_steps
 from sparklab.engine import checkpoint
 from sparklab.engine.device import on_gpu
 from sparklab.engine.finite import BadUpdate, Watch, drop_gradients, weights_are_finite
@@ -379,12 +380,6 @@ def _filled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         "position_ids": torch.cat((inputs["position_ids"], torch.arange(more)[None]), 1),
         "cu_seq_lens_q": pad(inputs["cu_seq_lens_q"], (0, 1), value=length + more),
     }
-
-
-def total_steps(recipe: Recipe, rows: int) -> int:
-    """Updates in the whole run: rows a pass over rows an update, rounded up, times passes; or max_steps where that is less."""
-    steps = math.ceil(math.ceil(rows / recipe.micro_batches_per_update) * recipe.epochs)
-    return min(steps, recipe.max_steps or steps)
 
 
 def training_arguments(recipe: Recipe, folder: Path, rows: int, held_out: bool) -> TrainingArguments:

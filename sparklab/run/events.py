@@ -9,7 +9,7 @@ same ``nth`` the later one is true. The story (:func:`story`) of a run that was 
 started        pid, host, device, dtype, method, resumed_from (step or null), nth (of the story's next event), soft_floor_bytes, hard_floor_bytes
                (null: no guard)
 phase          phase: load | prepare | evaluate | train | sample | save | paused; seconds-long, so panels can say what is going on; detail in words, share
-data           the data report's figures (records, tokens, supervised_tokens, fill ...)
+data           the data report's figures (records, tokens, supervised, fill ...) and its warnings, in words
 model          parameters, trainable_parameters
 step           step, steps, epoch, loss (mean over supervised tokens), learning_rate, grad_norm, tokens (non-pad), seconds,
                wait_seconds (of these, for its rows)

@@ -56,6 +56,10 @@ def _numbers(values: list[Any]) -> array[float]:
     return array("d", map(_number, values))
 
 
+def _texts(values: Any) -> list[str]:
+    return [value[:LONGEST_TEXT] for value in values[:KEPT_MESSAGES] if isinstance(value, str)] if isinstance(values, list) else []
+
+
 def _is_regular(event: Event) -> bool:
     """An update as a worker tells it: its number and how many there are to be are plain integers."""
     step = event.get("step")
@@ -227,6 +231,10 @@ class RunState:
         self.status = "paused" if self.phase == "paused" else "running"
 
     def _on_data(self, event: Event) -> None:
+        known = _texts(self.data.get("warnings"))
+        for warning in _texts(event.get("warnings")):
+            if warning not in known:  # a resumed run says its data again
+                self._say({**event, "event": "warning"}, f"data: {warning}")
         self.data = {key: value for key, value in event.items() if key not in ("event", "seq", "time")}
 
     def _on_model(self, event: Event) -> None:

@@ -18,6 +18,8 @@ from toy import chat_line, write_chats
 
 from sparklab.data import IGNORED, Document, Prepared, encode_chat, prepare, read_records
 from sparklab.data.dataset import Row, make_row
+from sparklab.data.inspection import look
+from sparklab.data.report import few_updates
 from sparklab.errors import DataError, DataNotFound
 from sparklab.planner.recipe import Recipe
 
@@ -183,6 +185,32 @@ def test_held_out_file(tmp_path: Path, marked: Any) -> None:
         prepare(recipe(train, held_out=str(tmp_path / "heldd.jsonl")), marked)
 
 
+@pytest.mark.parametrize(
+    ("rows", "documents", "changes", "said"),
+    [
+        (1, 6, {"max_steps": 2}, "max_steps is 2, and the run ends after 1 update: 6 documents fill 1 row of 256 tokens; epochs=2 makes 2"),
+        (1, 1, {}, "the run ends after 1 update: 1 document fills 1 row of 256 tokens; epochs=10 makes 10"),
+        (7, 90, {"micro_batches_per_update": 2}, "the run ends after 4 updates: 90 documents fill 7 rows of 256 tokens, 2 an update; epochs=3 makes 12"),
+        (3, 9, {"max_steps": 8, "epochs": 2.5}, ""),
+        (3, 9, {"max_steps": 1}, ""),
+        (5, 9, {"epochs": 2.0}, ""),
+        (0, 0, {"max_steps": 5}, ""),
+    ],
+)
+def test_a_run_that_is_over_sooner_than_meant_says_so(rows: int, documents: int, changes: dict[str, Any], said: str) -> None:
+    asked = recipe(Path("chats.jsonl"), **changes)
+    assert few_updates(asked, rows, documents) == said
+
+
+def test_few_updates_are_said_before_training_and_by_it(tmp_path: Path, marked: Any) -> None:
+    file = write_chats(tmp_path / "chats.jsonl", 6)
+    asked = recipe(file, held_out=0, max_steps=4, micro_batch_tokens=8192)
+    (said,) = prepare(asked, marked).report.warnings
+    assert said == "max_steps is 4, and the run ends after 1 update: 6 documents fill 1 row of 8,192 tokens; epochs=4 makes 4"
+    assert [one["words"] for one in look(asked, marked, tmp_path)["findings"]] == [said]
+    assert look(asked.replace(max_steps=None), marked, tmp_path)["verdict"] == "ready", "no recipe said how long its rows are to be"
+
+
 def test_nothing_held_out(tmp_path: Path, marked: Any) -> None:
     prepared = prepare(recipe(write_chats(tmp_path / "chats.jsonl", 20), held_out=0), marked)
     assert (len(prepared.held_out_rows), list(prepared.held_out_chats), prepared.report.documents) == (0, [], 20)
@@ -192,7 +220,7 @@ def test_what_the_report_warns_of(tmp_path: Path, marked: Any) -> None:
     file = tmp_path / "chats.jsonl"
     record = {"id": 1, **json.loads(chat_line("a", "b"))}
     file.write_text("\n".join([json.dumps(record)] * 3 + [chat_line("c", "d")] * 2), encoding="utf-8")
-    report = prepare(recipe(file, held_out=0), marked).report
+    report = prepare(recipe(file, held_out=0, epochs=10.0), marked).report
     assert report.duplicates == 3
     assert report.ignored_fields == {"id": 3}
     assert report.warnings == ["3 training records repeat an earlier one", "not used: id (3 records)"]

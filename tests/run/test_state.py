@@ -106,6 +106,14 @@ def test_a_run_that_begins_anew_forgets_what_it_made_before(directory):
     assert (list(state.loss_steps), state.tokens, len(state.evals), len(state.samples), state.step) == ([1, 2], 200, 1, 1, 2)
 
 
+def test_what_the_data_warns_of_is_said_once_also_where_a_run_goes_on():
+    state = RunState()
+    for warnings in (["3 repeat"], ["3 repeat", "2 were cut"], None, {"a": 1}, [7, "2 were cut"]):
+        state.add({"event": "data", "time": 1.0, "warnings": warnings})
+    assert [note["text"] for note in state.messages] == ["data: 3 repeat", "data: 2 were cut", "data: 2 were cut"], "what says nothing clears it"
+    assert {note["event"] for note in state.messages} == {"warning"}
+
+
 def test_the_best_evaluation_ignores_what_is_not_a_number():
     evals = [{"event": "eval", "step": i, "loss": loss} for i, loss in enumerate([None, 2.0, 1.5, None, 1.7])]
     assert state_of(STARTED, *evals).best_eval["loss"] == 1.5

@@ -1,12 +1,13 @@
 """The worker end to end, in this process: what it writes, that it stops and goes on exactly, and that plain PEFT reads the result."""
 
 import hashlib
+import html
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import stop_after
+from support import run_cli, stop_after
 
 import sparklab as sl
 from sparklab.errors import RunError, RunFailed, RunNotFound
@@ -43,6 +44,15 @@ def test_a_run_tells_its_whole_story(small_recipe, tmp_path):
     assert not any(file.suffix in {".bin", ".pt", ".pth", ".pkl"} for file in run.path.rglob("*"))
     with pytest.raises(RunError, match="finished"):
         run.resume(inline=True)
+
+
+def test_a_run_that_ends_before_max_steps_says_why_wherever_one_looks(quick_recipe, tmp_path):
+    run = sl.train(quick_recipe(micro_batch_tokens=8192, max_steps=2, epochs=1.0), tmp_path / "run", inline=True, panel=False)
+    said = "data: max_steps is 2, and the run ends after 1 update: 64 documents fill 1 row of 8,192 tokens; epochs=2 makes 2"
+    assert (run.state.step, run.state.steps, run.to_dict()["warnings"]) == (1, 1, [said])
+    told = run_cli("watch", str(run.path), "--json", cwd=tmp_path)
+    assert json.loads(told.stdout)["warnings"] == [said] and f"  {said}\n" in told.stderr
+    assert said in html.unescape(run.report(tmp_path / "run.html").read_text())
 
 
 def test_the_adapter_is_plain_pefts(small_recipe, tmp_path):
