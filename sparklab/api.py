@@ -98,9 +98,9 @@ def train(
     check_trainable(recipe.model)
     if data is not None:
         recipe = recipe.replace(data=kept(data, target.parent / "data"))
-    for records in (recipe.data, recipe.held_out):
-        if isinstance(records, str):
-            check(records, recipe.format, recipe.on_bad)
+    check(recipe.data, recipe.format, recipe.on_bad, divided=not isinstance(recipe.held_out, str) and recipe.held_out > 0)
+    if isinstance(recipe.held_out, str):
+        check(recipe.held_out, recipe.format, recipe.on_bad)
     if not force:
         planned.check()
         guard.check_plan(recipe, planned.box, planned.peak_bytes)
@@ -335,9 +335,14 @@ class Run:
         return Comparison(rows=tuple(answer["rows"]))
 
     def evaluate(self, n: int | None = None) -> Evaluation:
-        """Held-out loss, and exact match on the first ``n`` held-out records (default: all), of base and tuned, in a process of its own."""
+        """Held-out loss, and exact match on the first ``n`` held-out records (default: all), of base and tuned, in a process of its own.
+
+        Plain text has nothing to be asked: there ``exact_match`` is NA and ``n`` 0. Raises RunError where ``n`` is below 1.
+        """
         from sparklab.panels.tables import Evaluation  # noqa: PLC0415
 
+        if n is not None and n < 1:
+            raise RunError(f"n is {n}; it must be a whole number of at least 1", "leave it out to have all held-out records answered")
         return Evaluation.from_answer(ask(self.directory, "evaluate", n=n))
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,6 +18,8 @@ def fresh(folder):
     (folder / "empty.jsonl").touch()
     (folder / "broken.jsonl").write_text(GOOD + "\n{nonsense\n")
     (folder / "strange.jsonl").write_text(GOOD + '\n{"text": "hi"}\n')
+    (folder / "one.jsonl").write_text(GOOD + "\n")
+    (folder / "same.jsonl").write_text(2 * (GOOD + "\n"))
     (folder / "weightless").mkdir()
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(TINY_PATH / name, folder / "weightless")
@@ -42,6 +44,8 @@ BAD = [
     (["train", "pickled", "good.jsonl"], "ModelError", "pickle"),
     (["train", "bad_config", "good.jsonl"], "ModelError", "config.json"),
     (["train", "tiny", "good.jsonl", "--run", "occupied"], "RunExists", "occupied"),
+    (["train", "tiny", "one.jsonl"], "DataError", "there is one record: none can be held out"),
+    (["train", "tiny", "same.jsonl"], "DataError", "there are 2 records, all the same"),
     (["train", "tiny", "good.jsonl", "--rank", "0", "--epochs", "-1"], "RecipeError", "epochs"),
     (["train", "tiny", "good.jsonl", "--held-out", "gone.jsonl"], "DataNotFound", "gone.jsonl"),
     (["train", "tiny", "good.jsonl", "--method", "magic"], "RecipeError", "magic"),

@@ -56,8 +56,9 @@ def look(recipe: Recipe, tokenizer: Tokenizer, folder: Path, tell: Tell | None =
         return {**known, **_without_tokens(sources), **_verdict(refusals, [])}
     for one in opened:
         attempt(refuse_unusable, one, recipe)
-    corpus = attempt(Corpus.open, recipe, encoder, opened) or Corpus.open(recipe.replace(held_out=0.0), encoder, opened[:1])
-    for check in (refuse_too_long, refuse_nothing_to_learn):
+    usable = all(len(one.store.documents) for one in opened)  # without a record, what else is missing is no news
+    corpus = (attempt(Corpus.open, recipe, encoder, opened) if usable else None) or Corpus.open(recipe.replace(held_out=0.0), encoder, opened[:1])
+    for check in (refuse_too_long, refuse_nothing_to_learn) if usable else ():
         attempt(check, corpus, recipe)
     report = report_of(corpus, len(Rows(corpus.train.slices, recipe.micro_batch_tokens, recipe.seed)), skipped=_faults(corpus.opened).lines)
     _leave_for_pages(corpus, tokenizer, folder)

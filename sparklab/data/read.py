@@ -20,6 +20,7 @@ from sparklab.data.faults import Faults, excerpt
 from sparklab.data.formats import SNIFFED, parse, recognise
 from sparklab.data.record import Record
 from sparklab.data.rows import Row
+from sparklab.data.split import refuse_undivided
 from sparklab.data.strict import BOM, LINE_LIMIT
 from sparklab.errors import DataError, DataNotFound
 
@@ -130,13 +131,22 @@ def read_records(data: str | Path, format: str = "auto") -> list[Record]:  # noq
     return records
 
 
-def check(data: str, format: str, on_bad: str) -> None:  # noqa: A002
-    """Read everything once and keep nothing: raises what :func:`read_records` does; with ``on_bad="skip"`` only where no good record is left."""
+def check(data: str, format: str, on_bad: str, *, divided: bool = False) -> None:  # noqa: A002
+    """Read everything once and keep nothing: raises what :func:`read_records` does; with ``on_bad="skip"`` only where no good record is left.
+
+    ``divided``: some are to be held out, so there must be two that differ.
+    """
     source, faults = open_source(data, format), Faults()
     source.refuse_untrainable()
-    good = sum(1 for _ in source.records(faults))
+    good, different = 0, set[bytes]()
+    for record in source.records(faults):
+        good += 1
+        if divided and len(different) < 2:
+            different.add(record.key)
     if not (good and on_bad == "skip"):
         source.refuse(faults, good + faults.lines)
+    if divided:
+        refuse_undivided(good, len(different))
 
 
 def resolved(data: str) -> str:

@@ -26,8 +26,7 @@ def split_share(keys: Array, share: float, seed: int) -> Array:
     if share <= 0:
         return np.zeros(count, bool)
     groups, first = group(keys)
-    if len(first) < 2:
-        raise DataError(f"{count} records, {len(first)} of them different: none can be held out", "add records, or train without: held_out=0")
+    refuse_undivided(count, len(first))
     wanted = min(max(round(share * count), 1), count - 1)
     secret = str(seed).encode()
     digests = b"".join(hashlib.blake2b(key.tobytes(), key=secret, digest_size=8).digest() for key in keys[first])
@@ -45,6 +44,13 @@ def split_share(keys: Array, share: float, seed: int) -> Array:
         held[by_chance[np.argmin(sizes[by_chance])]] = True
     chosen: Array = held[groups]
     return chosen
+
+
+def refuse_undivided(count: int, different: int) -> None:
+    """Raises :class:`DataError` where of ``count`` records, so many of them ``different``, none can be held out."""
+    if different < 2:
+        there = "is one record" if count == 1 else f"are {count:,} records, all the same" if count else "is no record"
+        raise DataError(f"there {there}: none can be held out", "add records, or train without: held_out=0")
 
 
 def group(keys: Array) -> tuple[Array, Array]:

@@ -41,7 +41,7 @@ def _scores(answer: dict[str, Any]) -> Scores:
     def figure(name: str) -> float:
         return NA if answer.get(name) is None else float(answer[name])
 
-    return Scores(loss=figure("loss"), exact_match=figure("exact_match"), standard_error=figure("standard_error"), n=int(answer["n"]))
+    return Scores(loss=figure("loss"), exact_match=figure("exact_match"), standard_error=figure("standard_error"), n=int(answer.get("n") or 0))
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Evaluation:
         def share(scores: Scores) -> str:
             return "N/A" if is_na(scores.exact_match) else f"{scores.exact_match:.1%} ± {scores.standard_error:.1%}"
 
-        return [
-            ("held-out loss", f"{self.base.loss:.4f}", f"{self.tuned.loss:.4f}"),
-            (f"exact match (n={self.answered})", share(self.base), share(self.tuned)),
-        ]
+        losses = ("held-out loss", f"{self.base.loss:.4f}", f"{self.tuned.loss:.4f}")
+        if not self.answered:  # of plain text nothing is asked
+            return [losses]
+        return [losses, (f"exact match (n={self.answered})", share(self.base), share(self.tuned))]
 
     def __str__(self) -> str:
         lines = [("", "base", "tuned"), *self._rows()]

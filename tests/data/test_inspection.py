@@ -62,6 +62,15 @@ def test_a_mismatch_can_be_overruled_by_name(tmp_path: Path) -> None:
     prepare(asked, build_tokenizer(template, end="<|end|>"))
 
 
+@pytest.mark.parametrize(("content", "words"), [("", "holds no records"), ('{"question": "a", "answer": "b"}\n' * 3, "3 of 3 records cannot be used")])
+def test_where_no_record_can_be_used_nothing_else_is_blamed(tmp_path: Path, tokenizer: Any, content: str, words: str) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(content)
+    seen = look(recipe(file), tokenizer, tmp_path)
+    (refusal,) = seen["refusals"]
+    assert seen["verdict"] == "refuse" and words in refusal["fact"], "no word of held-out records or of the template"
+
+
 def test_good_data_is_ready(tmp_path: Path, tokenizer: Any) -> None:
     seen = look(recipe(write_chats(tmp_path / "chats.jsonl", 10)), tokenizer, tmp_path)
     assert (seen["verdict"], seen["refusals"], seen["findings"]) == ("ready", [], [])

@@ -7,6 +7,8 @@ import pytest
 import sparklab as sl
 from sparklab.engine.answer import exact_match
 from sparklab.errors import RunError
+from sparklab.panels.tables import Evaluation
+from sparklab.run.directory import RunDirectory
 
 pytestmark = pytest.mark.slow
 
@@ -35,9 +37,17 @@ def test_compare_and_evaluate(small_recipe, tmp_path, method):
     assert "±" in str(evaluation)
 
 
-def test_no_result_yet(small_recipe, tmp_path):
-    from sparklab.run.directory import RunDirectory
+def test_of_plain_text_nothing_is_asked_and_nobody_is_asked_less_than_once():
+    loss = {"base": {"loss": 2.5, "tokens": 40}, "tuned": {"loss": 1.25, "tokens": 40}}  # as answers.evaluate gives it where no record is a question
+    evaluation = Evaluation.from_answer({"held_out": 0, "answered": 0, **loss})
+    assert (evaluation.tuned.n, evaluation.tuned.loss) == (0, 1.25) and math.isnan(evaluation.tuned.exact_match)
+    assert "1.2500" in str(evaluation) and "exact" not in str(evaluation) + evaluation._repr_html_()
+    for n in (0, -1):
+        with pytest.raises(RunError, match=f"n is {n}; it must be a whole number of at least 1"):
+            sl.Run(RunDirectory.__new__(RunDirectory)).evaluate(n)
 
+
+def test_no_result_yet(small_recipe, tmp_path):
     run = sl.Run(RunDirectory.create(tmp_path / "run", small_recipe(), {}, {}))
     with pytest.raises(RunError, match="no result yet"):
         run.compare(["Hello"])
