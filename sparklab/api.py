@@ -219,8 +219,11 @@ class Run:
         self._ask("evaluate")
 
     def sample(self, prompts: Sequence[str] = ()) -> None:
-        """Asks the model as it is now; the answers come as ``sample`` events. Default: the recipe's prompts."""
-        self._ask("sample", prompts=[prompts] if isinstance(prompts, str) else list(prompts))
+        """Asks the model as it is now; the answers come as ``sample`` events. Default: the recipe's prompts; RunError where there are none."""
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not asked and not self.recipe.sample_prompts:
+            raise RunError("no prompt was given, and the recipe has no sample_prompts", "say what to ask")
+        self._ask("sample", prompts=asked)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Asks for the schedule as if the recipe's ``learning_rate`` had been this, from the next update on; it survives every resume.

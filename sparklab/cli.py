@@ -104,12 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _run_verbs(verbs: Any) -> None:
     """The verbs on a run that is there already."""
     for name, text, action in (
-        ("watch", "follow a run until it is over", _watch),
+        ("watch", "follow a run until it is over; Ctrl-C leaves it at work", _watch),
         ("stop", "finish the update, save a checkpoint, leave", _stop),
         ("pause", "hold a run after its update", _pause),
         ("checkpoint", "save a checkpoint now", _checkpoint),
         ("evaluate-now", "measure the held-out loss of a run at work, as its model is now", _evaluate_now),
-        ("sample", "ask the model of a run at work, as it is now", _sample),
+        ("sample", "ask the model of a run at work, as it is now; sparklab watch shows the answers", _sample),
         ("learning-rate", "change the learning rate of a run at work, from its next update on", _learning_rate),
         ("resume", "go on from a pause, or from the newest good checkpoint", _resume),
         ("compare", "answers of base and tuned, side by side", _compare),
@@ -311,22 +311,24 @@ def _quickstart_words(result: dict[str, Any]) -> str:
 
 
 def _follow(options: argparse.Namespace, run: Any, detach: bool, quiet: bool = False) -> int:
-    """Shows a run's progress until it is over; Ctrl-C stops it gracefully."""
+    """Shows the progress of a run that this command started until it is over; Ctrl-C stops it gracefully."""
     from sparklab.panels.terminal import follow  # noqa: PLC0415
     from sparklab.run.launch import raise_failure  # noqa: PLC0415
 
+    asked = []
+
+    def stop() -> None:
+        asked.append("stop")
+        print("stopping after this update; a checkpoint is saved ...", file=sys.stderr)  # noqa: T201
+        if run.directory.is_alive:
+            run.stop("interrupted in the terminal")
+
     if not detach:
-        try:
-            state = follow(run.directory)
-        except KeyboardInterrupt:
-            print("\nstopping after this update; a checkpoint is saved ...", file=sys.stderr)  # noqa: T201
-            if run.directory.is_alive:
-                run.stop("interrupted in the terminal")
-            state = follow(run.directory)
-        raise_failure(run.directory, state)
+        print(f"{clean(run.path)}: Ctrl-C stops it, with a checkpoint saved", file=sys.stderr)  # noqa: T201
+        raise_failure(run.directory, follow(run.directory, on_interrupt=stop))
     if not quiet:
         _show(options, run.to_dict(), run)
-    return 0
+    return INTERRUPTED if asked and run.status == "stopped" else 0
 
 
 def _runs(options: argparse.Namespace) -> None:
@@ -342,8 +344,18 @@ def _open(options: argparse.Namespace) -> Any:
     return Run.open(options.directory)
 
 
-def _watch(options: argparse.Namespace) -> int:
-    return _follow(options, _open(options), detach=False)
+def _watch(options: argparse.Namespace) -> None:
+    """Ctrl-C ends the looking, not the run, which others may have started."""
+    from sparklab.panels.terminal import follow  # noqa: PLC0415
+    from sparklab.run.launch import raise_failure  # noqa: PLC0415
+
+    run = _open(options)
+    try:
+        raise_failure(run.directory, follow(run.directory))
+    except KeyboardInterrupt:
+        print(f"{clean(run.path)} goes on; to end it: sparklab stop {clean(run.path)}", file=sys.stderr)  # noqa: T201
+        raise
+    _show(options, run.to_dict(), run)
 
 
 def _asked(options: argparse.Namespace, command: str, words: str, **details: Any) -> None:
@@ -372,7 +384,7 @@ def _evaluate_now(options: argparse.Namespace) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     _open(options).sample(options.prompts)
-    _asked(options, "sample", "for answers; they stand in its panel and events", prompts=options.prompts)
+    _asked(options, "sample", "for answers; sparklab watch shows them", prompts=options.prompts)
 
 
 def _learning_rate(options: argparse.Namespace) -> None:

@@ -6,8 +6,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TextIO
 
 from sparklab.panels import facts
 from sparklab.panels.memory_facts import memory
@@ -19,10 +19,14 @@ from sparklab.run.state import RunState
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ERASE = "\r\x1b[2K"
+_OLD_NOTES: Final = 10
+"""Of what a run has said before somebody looks, the latest; a long run has said a thousand things."""
 
 
-def follow(directory: RunDirectory, stream: TextIO | None = None, *, every_seconds: float = 0.2) -> RunState:
-    """Shows the run until it is over and returns its state; ``stream`` is stderr unless given. KeyboardInterrupt goes to the caller.
+def follow(directory: RunDirectory, stream: TextIO | None = None, *, every_seconds: float = 0.2, on_interrupt: Callable[[], object] | None = None) -> RunState:
+    """Shows the run until it is over and returns its state; ``stream`` is stderr unless given.
+
+    The first KeyboardInterrupt calls ``on_interrupt``, where there is one, and the run is followed on; any other goes to the caller.
 
     ::
 
@@ -33,10 +37,17 @@ def follow(directory: RunDirectory, stream: TextIO | None = None, *, every_secon
     line = ProgressLine(directory.plan, stream)
     try:
         while True:
-            line.update(watch.refresh())
-            if watch.over:
-                return watch.state
-            time.sleep(every_seconds)
+            try:
+                line.update(watch.refresh())
+                if watch.over:
+                    return watch.state
+                time.sleep(every_seconds)
+            except KeyboardInterrupt:
+                if on_interrupt is None:
+                    raise
+                line.close()
+                on_interrupt()
+                on_interrupt = None
     finally:
         line.close()
 
@@ -48,7 +59,7 @@ class ProgressLine:
         self._plan = plan
         self._stream = stream or sys.stderr
         self._screen = self._stream.isatty()
-        self._notes = 0
+        self._notes = self._samples = -1  # nothing seen yet
         self._evals = 0
         self._word = ""
         self._shown_at = float("-inf")
@@ -57,10 +68,14 @@ class ProgressLine:
 
     def update(self, state: RunState) -> None:
         """Shows what changed since the last call."""
-        for note in state.messages_since(self._notes):
+        notes = state.messages_since(self._notes) if self._notes >= 0 else state.messages[-_OLD_NOTES:]
+        for note in notes:
             if note["event"] in ("warning", "command", "checkpoint"):
                 self._print(f"  {one_line(note['text'])}")
-        self._notes = state.messages_told
+        new = max(0, state.samples_told - self._samples) if self._samples >= 0 else 0
+        for sample in state.samples[len(state.samples) - min(new, len(state.samples)) :]:
+            self._print(f"  {one_line(sample['prompt'], 80)} → {one_line(sample['text'], 200)}")
+        self._notes, self._samples = state.messages_told, state.samples_told
         if self._screen:
             self._draw(progress(state, self._plan, shutil.get_terminal_size((100, 24)).columns - 1))
         elif self._worth_a_line(state):

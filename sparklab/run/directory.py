@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -238,4 +239,11 @@ class RunFollower:
             self.state.add_all(events)
         if not alive and not self.state.is_over:
             self.state.mark_lost(self.directory.log_tail(5), left_behind(self.directory.path))
+        if alive and self.state.is_over and self._is_resumed():
+            return dataclasses.replace(self.state, status="starting", phase="start", detail="", reason="", fix="", ended_by="")  # shares the series
         return self.state
+
+    def _is_resumed(self) -> bool:
+        """Whether the living worker came after the last word: that is an earlier worker's, and this one is on its way to its first."""
+        owner = self.directory.owner
+        return owner is not None and owner.since > self.state.last_time

@@ -1,11 +1,15 @@
 """The terminal form: one line where there is a screen, few lines where there is a log, and no code from any text."""
 
+import argparse
 import io
+import os
 import re
 
 import pytest
 from scenes import HOSTILE, PLAN, STARTED, start_worker, state_of, steps, write
 
+import sparklab as sl
+from sparklab import cli
 from sparklab.panels.terminal import ProgressLine, follow, progress, summary
 
 OWN_CODES = re.compile("\r\x1b\\[2K")
@@ -68,9 +72,41 @@ def test_an_interrupt_goes_to_the_caller_after_the_line_is_ended(directory, monk
     with pytest.raises(KeyboardInterrupt):
         follow(directory, screen)
     assert screen.getvalue().endswith("\n")
-    import os
-
     os.close(descriptor)
+
+
+def test_ctrl_c_stops_what_one_started_and_leaves_what_one_watches(directory, monkeypatch, capsys):
+    descriptor = directory.lock()
+    write(directory, STARTED, *steps(3), {"event": "checkpoint", "step": 3})
+    presses = iter([True, True])
+
+    def press(_seconds):
+        if next(presses, False):
+            raise KeyboardInterrupt
+        ((_, asked),) = directory.take_commands()
+        write(directory, {"event": "stopped", "step": 3, "reason": asked["reason"]})
+        os.close(descriptor)
+
+    monkeypatch.setattr("time.sleep", press)
+    assert cli.main(["watch", str(directory.path)]) == 130
+    assert "goes on; to end it: sparklab stop" in capsys.readouterr().err and directory.take_commands() == []
+    assert cli._follow(argparse.Namespace(json=False), sl.Run(directory), detach=False) == 130
+    told = capsys.readouterr()
+    assert told.err.count("checkpoint at step 3") == 1 and "a checkpoint is saved ..." in told.err and "Ctrl-C stops it" in told.err
+    assert "stopped, step 3 of 100" in told.out and directory.state.reason == "interrupted in the terminal"
+
+
+def test_answers_stand_above_the_line_and_old_news_is_not_told_at_length():
+    log = io.StringIO()
+    old = [{"event": "checkpoint", "time": 1.0, "step": step} for step in range(40)]
+    state = state_of(STARTED, *steps(3), *old, {"event": "sample", "time": 1.0, "step": 3, "prompt": "old?", "text": "yes"})
+    line = ProgressLine(PLAN, log)
+    line.update(state)
+    assert "checkpoint at step 39" in log.getvalue() and "step 29" not in log.getvalue() and "old?" not in log.getvalue()
+    state.add({"event": "sample", "time": 2.0, "step": 4, "prompt": "ما هذا؟", "text": HOSTILE})
+    line.update(state)
+    line.update(state)
+    assert log.getvalue().count("  ما هذا؟ → ") == 1 and "\x1b" not in log.getvalue()
 
 
 @pytest.mark.parametrize("columns", [200, 100, 80, 60, 40, 20, 10])

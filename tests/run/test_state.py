@@ -416,6 +416,22 @@ def test_a_worker_that_died_is_lost_and_a_resumed_one_is_found_again(directory):
         os.close(descriptor)
 
 
+@pytest.mark.parametrize("word", ["stopped", "failed", "finished"])
+def test_a_worker_on_its_way_to_a_run_that_ended_is_not_that_end(directory, word):
+    with EventWriter(directory.events_path) as writer:
+        writer.write("started", device="cpu", method="lora", resumed_from=None)
+        descriptor = directory.lock()
+        writer.write(word, step=3, reason="asked to stop", fact="asked to stop")
+        follower = directory.follow()
+        assert follower.refresh().status == word, "its own last word"
+        os.close(descriptor)
+        time.sleep(0.002)
+        descriptor = directory.lock()
+        assert (follower.refresh().status, follower.refresh().reason, directory.state.status) == ("starting", "", "starting")
+        os.close(descriptor)
+        assert follower.refresh().status == word
+
+
 def test_commands_arrive_once_in_order_and_hostile_files_never(directory):
     ids = [directory.send(name) for name in ("pause", "resume", "stop")]
     folder = directory.path / "commands"
