@@ -12,18 +12,27 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from sparklab.errors import SparklabError
+from sparklab.planner.forecast import TOKENS_ASSUMED
 from sparklab.planner.recipe import Recipe, field_help
 from sparklab.run.exhausted import MAY_CHANGE
 from sparklab.text import clean, harmless_json
-from sparklab.units import jsonable
+from sparklab.units import format_count, jsonable
 
 USER_ERROR = 2
 INTERRUPTED = 130
 LONGEST_TEXT = 1_000_000  # characters printed at once
+CHOSEN = {
+    "micro_batch_tokens": "the fastest that fits",
+    "checkpoint_layers": "as few as fit",
+    "max_length": f"{Recipe.max_length}, less where the model or a row holds less",
+    "learning_rate": "by method and size of the model",
+}
+"""What the planner decides where nobody says it."""
 NOT_ON_THE_WAY = {field.name for field in dataclasses.fields(Recipe)} - MAY_CHANGE
 
 
@@ -46,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All verbs with their flags; a recipe's flags derive from its fields."""
-    parser = argparse.ArgumentParser(prog="sparklab", description="Fine-tune language models on a 128 GB unified-memory box.")
+    parser = argparse.ArgumentParser(
+        prog="sparklab", description="Fine-tune language models on a 128 GB unified-memory box.",
+        epilog="sparklab VERB --help says what a verb takes; every verb has --json.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"sparklab {sys.modules['sparklab'].__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     verb = _verb(verbs, "box", "what this machine has: memory usable now, compute, what was measured and what assumed", _box)
@@ -65,25 +78,25 @@ def build_parser() -> argparse.ArgumentParser:
     _plan_flags(verb)
 
     verb = _verb(verbs, "rehearse", "run a recipe at full size with random weights, and hold it against its plan", _rehearse)
-    verb.add_argument("model", help=field_help()["model"])
+    verb.add_argument("model", help=_help("model"))
     verb.add_argument("--force", action="store_true", help="try although the plan does not fit")
     verb.add_argument("--profile", action="store_true", help="also where the time of an update goes, by kind of work")
     _plan_flags(verb)
 
     verb = _verb(verbs, "trace", "the best plan, its training step traced: the real one, on tensors without memory", _trace)
-    verb.add_argument("model", help=field_help()["model"])
+    verb.add_argument("model", help=_help("model"))
     _plan_flags(verb)
 
     verb = _verb(verbs, "train", "train a recipe in a run directory", _train)
-    verb.add_argument("model", help=field_help()["model"])
-    verb.add_argument("data", help=field_help()["data"])
+    verb.add_argument("model", help=_help("model"))
+    verb.add_argument("data", help=_help("data"))
     verb.add_argument("--run", dest="directory", help="the run directory (default: runs/ and a name of its own)")
     verb.add_argument("--detach", action="store_true", help="return at once; look with sparklab watch")
     verb.add_argument("--force", action="store_true", help="start although the plan does not fit")
-    _recipe_flags(verb, leave_out={"model", "data"})
+    _recipe_flags(verb, leave_out={"model", "data"}, chosen=CHOSEN)
 
     verb = _verb(verbs, "inspect", "the data as the model will see it: what is learned, what is wrong with it, and whether training would take it", _inspect)
-    verb.add_argument("data", help=field_help()["data"])
+    verb.add_argument("data", help=_help("data"))
     verb.add_argument("--model", help="whose tokenizer and chat template; default: the bundled tiny model's")
     verb.add_argument("--show", default="", metavar="WHICH", help="page through these records instead: all, odd, unusable, long, repeated, held_out ...")
     verb.add_argument("--first", type=int, default=0, help="with --show: the first of them (default: 0)")
@@ -131,7 +144,7 @@ def _run_verbs(verbs: Any) -> None:
         if name == "resume":
             verb.add_argument("--detach", action="store_true", help="return at once")
             verb.add_argument("--accept", nargs="+", default=[], metavar="NAME", help="go on although this changed: recipe, data, held_out, model, versions")
-            _recipe_flags(verb, leave_out=NOT_ON_THE_WAY)
+            _recipe_flags(verb, leave_out=NOT_ON_THE_WAY, goes_on=True)
 
 
 def _verb(verbs: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
@@ -143,27 +156,53 @@ def _verb(verbs: Any, name: str, text: str, run: Callable[[argparse.Namespace], 
 
 def _plan_flags(parser: argparse.ArgumentParser) -> None:
     """What every verb that looks ahead takes: the box, the size of the data, the recipe's fields."""
-    parser.add_argument("--box", help="a profile instead of this machine")
-    parser.add_argument("--tokens", type=int, help="non-pad tokens to train on, for hours and Wh")
-    _recipe_flags(parser, leave_out={"model", "data", "held_out"})
+    parser.add_argument("--box", help="a profile instead of this machine (default: this)")
+    parser.add_argument(
+        "--tokens", type=int, help=f"non-pad tokens to train on, for hours and Wh (default: {format_count(TOKENS_ASSUMED)}, and the plan says so)"
+    )
+    _recipe_flags(parser, leave_out={"model", "data", "held_out"}, chosen={**CHOSEN, "method": "each of them"})
 
 
-def _recipe_flags(parser: argparse.ArgumentParser, leave_out: set[str]) -> None:
-    """A flag for every field of the recipe; what is not given keeps the recipe's default (or the planner's choice)."""
-    hints, texts = typing.get_type_hints(Recipe), field_help()
-    group = parser.add_argument_group("recipe")
+def _help(name: str) -> str:
+    """The sentence under a field of the recipe, as argparse wants it."""
+    return field_help()[name].replace("%", "%%").replace("``", "")
+
+
+def _recipe_flags(parser: argparse.ArgumentParser, leave_out: set[str], chosen: Mapping[str, str] = MappingProxyType({}), *, goes_on: bool = False) -> None:
+    """A flag for every field of the recipe; what is not given keeps the recipe's default, or is ``chosen`` by the planner; of a run that
+    ``goes_on`` it stays as it was."""
+    hints = typing.get_type_hints(Recipe)
+    parser.usage = " ".join(parser.format_usage().split()).removeprefix("usage: ") + " [recipe flags, see --help]"  # not all sixty in every error
+    group = parser.add_argument_group("recipe", "What is not given stays as it was." if goes_on else None)
     for field in dataclasses.fields(Recipe):
         if field.name in leave_out:
             continue
-        text = texts[field.name].replace("%", "%%").replace("``", "")
-        flag = "--" + field.name.replace("_", "-")
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f"recipe_{field.name}", "help": text}
-        if hints[field.name] is bool:
+        hint, flag = hints[field.name], "--" + field.name.replace("_", "-")
+        default = "" if goes_on else f" (default: {chosen.get(field.name) or _default_words(field.default)})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f"recipe_{field.name}", "help": _help(field.name) + default}
+        if hint is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        elif typing.get_origin(hints[field.name]) is tuple:
-            group.add_argument(flag, nargs="+", type=_parser_of(hints[field.name]), **options)
+        elif typing.get_origin(hint) is tuple:
+            group.add_argument(flag, nargs="+", type=_parser_of(hint), metavar=_metavar(typing.get_args(hint)[0]), **options)
         else:
-            group.add_argument(flag, type=_parser_of(hints[field.name]), metavar=field.name.rsplit("_", 1)[-1].upper(), **options)
+            group.add_argument(flag, type=_parser_of(hint), metavar=_metavar(hint), **options)
+
+
+def _default_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def _metavar(hint: Any) -> str:
+    """What stands for a flag's value: a whole number N, a number X, a text, or the words there are to choose from."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "{" + ",".join(typing.get_args(hint)) + "}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return "|".join(_metavar(one) for one in typing.get_args(hint) if one is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return f"{_metavar(typing.get_args(hint)[0])},..."
+    return {int: "N", float: "X"}.get(hint, "TEXT")
 
 
 def _parser_of(hint: Any) -> Callable[[str], Any]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from support import ROOT, run_cli, write_chats
 
+import sparklab
 from sparklab.model.hub import TINY_PATH
 
 GOOD = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
@@ -113,5 +114,6 @@ def test_plan_answers_for_a_config_alone(model):
 def test_box_and_help(tmp_path):
     assert json.loads(run_cli("box", "--json", cwd=tmp_path).stdout)["memory_bytes"] > 2**30
     assert "NVIDIA GB10" in run_cli("box", "dgx-spark", cwd=tmp_path).stdout
+    assert run_cli("--version", cwd=tmp_path).stdout == f"sparklab {sparklab.__version__}\n"
     text = run_cli("train", "--help", cwd=tmp_path).stdout
     assert "Peak learning rate." in text  # the sentence under the recipe's field

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import sparklab as sl
+from sparklab import Recipe, cli
 from sparklab.cli import build_parser
 
 FROZEN = Path(__file__).parent / "surface.json"
@@ -55,6 +56,29 @@ def test_the_surface_is_what_it_was():
     assert len(now["flags"]) >= 11
 
 
+def test_help_says_what_a_flag_takes_and_what_it_is_without_it():
+    (verbs,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    seen = 0
+    for name, parser in verbs.choices.items():
+        for action in parser._actions:
+            assert action.help and "``" not in action.help, (name, action.dest)
+            if action.dest.startswith("recipe_") and name != "resume":
+                field = Recipe.__dataclass_fields__[action.dest.removeprefix("recipe_")]
+                assert (
+                    f"(default: {field.default}" in action.help
+                    or isinstance(field.default, (bool, tuple))
+                    or field.name in cli.CHOSEN
+                    or field.name == "method"
+                )
+                assert "(default: " in action.help and not (action.metavar or "").startswith("RECIPE_"), (name, action.dest)
+                seen += 1
+    assert seen > 4 * 35
+    text = " ".join(verbs.choices["train"].format_help().split())
+    assert "--schedule {cosine,linear,constant}" in text and "--checkpoint-layers N|{all,none}" in text and "--betas X [X ...]" in text
+    assert "[default" not in text and "(default: the fastest that fits)" in text and "--retry" not in verbs.choices["train"].format_usage()
+    assert "(default: 2048)" in " ".join(verbs.choices["inspect"].format_help().split()), "an inspection has no planner"
+
+
 def test_every_export_loads_and_has_a_docstring():
     assert set(sl.__all__) <= set(dir(sl))
     assert len(sl.__all__) >= 10
@@ -68,8 +92,6 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_recipe_repr_is_python():
-    from sparklab import Recipe
-
     recipe = Recipe(model="m", data="d.jsonl", targets=("q_proj", "v_proj"), seed=3)
     assert eval(repr(recipe)) == recipe
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe

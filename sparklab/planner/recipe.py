@@ -99,7 +99,7 @@ class Recipe:
     epochs: float = 1.0
     """Passes over the training rows."""
     max_steps: int | None = None
-    """Stop after so many updates, whatever epochs says."""
+    """Stop after so many updates; a run that ``epochs`` ends sooner is not made longer."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     schedule: Schedule = "cosine"
