@@ -8,7 +8,9 @@ import pytest
 from support import ROOT, run_cli, write_chats
 
 import sparklab
+from sparklab import Recipe
 from sparklab.model.hub import TINY_PATH
+from sparklab.run.directory import RunDirectory
 
 GOOD = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
 
@@ -21,6 +23,7 @@ def fresh(folder):
     (folder / "strange.jsonl").write_text(GOOD + '\n{"text": "hi"}\n')
     (folder / "one.jsonl").write_text(GOOD + "\n")
     (folder / "same.jsonl").write_text(2 * (GOOD + "\n"))
+    RunDirectory.create(folder / "run", Recipe(model="tiny", data="good.jsonl"), {}, {})
     (folder / "weightless").mkdir()
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(TINY_PATH / name, folder / "weightless")
@@ -40,6 +43,9 @@ BAD = [
     (["train", "tiny", "broken.jsonl"], "DataError", "broken.jsonl:2"),
     (["train", "tiny", "strange.jsonl"], "DataError", "messages"),
     (["train", "tiny", "."], "DataError", "directory"),
+    (["train", "good.jsonl", "tiny"], "ModelError", "name the model first"),
+    (["train", "tiny", "good.jsonl", "--run", "run"], "RunExists", "sparklab resume run"),
+    (["report", "run", "--out", "."], "RunError", "is a directory"),
     (["train", "./no-model", "good.jsonl"], "ModelNotFound", "no-model"),
     (["train", "weightless", "good.jsonl"], "ModelError", "weights"),
     (["train", "pickled", "good.jsonl"], "ModelError", "pickle"),

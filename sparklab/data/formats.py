@@ -63,6 +63,10 @@ def parse(record: dict[str, Any], name: str | None, line: int, source: str, faul
     return None
 
 
+def _without(name: str, record: dict[str, Any]) -> str:
+    return "it is null" if name in record else f"the record has {_fields(record)}"
+
+
 def _fields(record: dict[str, Any]) -> str:
     return ", ".join(map(excerpt, list(record)[:8])) or "no field"
 
@@ -77,7 +81,7 @@ def _need(record: dict[str, Any], *names: str) -> None:
     lacking = [name for name in names if record.get(name) is None]
     if lacking:
         example = 'write each record as {"messages": [...]}' if names == ("messages",) else f"give each record {' and '.join(names)}"
-        wrong = [WrongError(f"no {name}", record, field=name, detail=f"the record has {_fields(record)}", fix=example) for name in lacking]
+        wrong = [WrongError(f"no {name}", record, field=name, detail=_without(name, record), fix=example) for name in lacking]
         raise _Faulty(*wrong)
 
 

@@ -79,12 +79,14 @@ def json_rows(path: Path, source: str, split: str) -> Iterator[Row]:
     """A row for every element of an array, for every object, or for every element of one array of an object of splits.
 
     Behind a fault of its syntax a JSON file cannot be read on: raises :class:`DataError`, whatever is done with bad records.
+    A record is found by the line it begins in; where several begin in one line, as in a file that is one line, they count on from it.
     """
     with path.open("rb") as file:
-        reader = strict.JsonReader(file)
+        reader, number = strict.JsonReader(file), 0
         try:
             for line, value in _values(reader, split):
-                yield _row(line, value, source)
+                number = max(line, number + 1)
+                yield _row(number, value, source)
         except WrongError as wrong:
             raise DataError(str(wrong.at(source, reader.line)), wrong.fix) from None
 

@@ -45,10 +45,11 @@ class BadUpdate:
         before = f", after {skipped} skipped in a row" if skipped else ""
         if not self.weights_are_finite:
             return RunFailed(f"{self}{before}; the trained weights were not finite before it: earlier updates were too large",
-                             "resume from an earlier checkpoint with a lower learning_rate")  # fmt: skip
+                             "start a new run with a lower learning_rate")  # fmt: skip
         return RunFailed(
             f"{self}{before}; weights and optimizer are as they were before it",
-            "look at those rows (sparklab inspect), lower learning_rate, or set skip_bad_updates to leave such updates out; then resume",
+            "look at those rows (sparklab inspect) and resume with skip_bad_updates to leave such updates out; where every row is so, earlier "
+            "updates were too large: start a new run with a lower learning_rate",
         )
 
 

@@ -29,7 +29,7 @@ def load_config(source: str) -> Any:
     try:
         return _parse(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
-        raise ModelError(f"{path} is not JSON: {error}", "point at the model's config.json") from None
+        raise _not_json(str(path), error) from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", "check the file's permissions") from None
 
@@ -38,7 +38,13 @@ def _parse(text: str, name: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ModelError(f"{name} is not JSON: {error}", "point at the model's config.json, or download it again") from None
+        raise _not_json(name, error) from None
+
+
+def _not_json(name: str, error: Exception) -> ModelError:
+    if name.endswith((".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt")):
+        return ModelError(f"{name} looks like data, and stands where the model should", "name the model first, then the data: sparklab train MODEL DATA")
+    return ModelError(f"{name} is not JSON: {error}", "point at the model's config.json, or download it again")
 
 
 def _nearest(path: Path) -> str:

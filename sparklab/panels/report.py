@@ -48,6 +48,8 @@ def write_report(directory: RunDirectory, path: str | os.PathLike[str] | None = 
     Raises RunError where it cannot be written.
     """
     target = Path(path) if path is not None else directory.path / NAME
+    if target.is_dir():
+        raise RunError(f"{target} is a directory", f"name a file in it: {target / NAME}")
     content = report_html(directory)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,10 @@ class RunDirectory:
         if not (self.path / "recipe.json").is_file():
             what = "is not a run directory (no recipe.json)" if self.path.exists() else "does not exist"
             near = sorted(entry.parent.name for entry in self.path.parent.glob("*/recipe.json"))[:5] if self.path.parent.is_dir() else []
-            raise RunNotFound(f"{self.path} {what}", f"runs beside it: {', '.join(near)}" if near else "start one with sparklab.train(recipe, path)")
+            raise RunNotFound(
+                f"{self.path} {what}",
+                f"runs beside it: {', '.join(near)}" if near else "start one with sparklab train MODEL DATA --run PATH, sl.train(recipe, path)",
+            )
         links = [name for name in NAMES if (self.path / name).is_symlink()]
         if links:
             raise RunError(
@@ -73,9 +76,10 @@ class RunDirectory:
         Raises :class:`RunExists` where something is there already (an empty directory is nothing).
         """
         target = Path(path)
+        is_run = (target / "recipe.json").exists()
         occupied = RunExists(
-            f"{target} exists already" + (" and holds a run" if (target / "recipe.json").exists() else ""),
-            "resume it with sparklab.Run.open(path).resume(), or choose another path",
+            f"{target} exists already" + (" and holds a run" if is_run else ""),
+            f"choose another path{f', or go on with that run: sparklab resume {target}, sl.Run.open(path).resume()' if is_run else ''}",
         )
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise occupied

@@ -99,14 +99,17 @@ def check(directory: RunDirectory, accept: Collection[str] = ()) -> dict[str, st
     if unknown:
         raise RunError(f"there is nothing called {', '.join(map(repr, unknown))} to accept", f"use some of {', '.join(NAMES)}")
     found = changes(directory)
-    refused = [name for name in found if name not in accept]
+    named = {"data": directory.recipe.data, "held_out": directory.recipe.held_out}
+    gone = [data for name, data in named.items() if name in found and isinstance(data, str) and os.path.isabs(data) and not _is_there(data)]
+    refused = [name for name in found if name not in accept or named.get(name) in gone]  # what is not there cannot be accepted
     if refused:
         listed = "".join(f"\n  - {name}: {how}" for name, how in found.items() if name in refused)
         names = ", ".join(f'"{name}"' for name in found)
-        error = RunChanged(
-            f"{directory.path} was started with something else than what lies there now:{listed}",
-            f"put it back as it was; or go on with it: run.resume(accept=({names},)), sparklab resume {directory.path} --accept {' '.join(found)}",
-        )
+        if gone:
+            fix = f"put {' and '.join(gone)} back where it was, or a link to where it is now"
+        else:
+            fix = f"put it back as it was; or go on with it: run.resume(accept=({names},)), sparklab resume {directory.path} --accept {' '.join(found)}"
+        error = RunChanged(f"{directory.path} was started with something else than what lies there now:{listed}", fix)
         error.changed = tuple(found)
         raise error
     if found:
@@ -115,6 +118,11 @@ def check(directory: RunDirectory, accept: Collection[str] = ()) -> dict[str, st
         now = {**describe(directory.recipe), "accepted": [*told, found], "before": [*history, before]}
         write_json(directory.path / "environment.json", now)
     return found
+
+
+def _is_there(data: str) -> bool:
+    """Whether the file or directory is, whose name may say a split behind a ``#``."""
+    return os.path.exists(data) or os.path.exists(data.rpartition("#")[0])
 
 
 def change_recipe(directory: RunDirectory, changes: dict[str, Any]) -> None:

@@ -413,6 +413,18 @@ def test_a_few_of_another_format_are_faults(tmp_path: Path) -> None:
     assert [str(fault) for fault in faults.first] == [f'{file}:6, messages: no messages (the record has text): {{"text": "x"}}']
 
 
+def test_records_of_one_line_are_told_apart_and_counted(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('[{"q": 1}, {"q": 2}, {"prompt": "a", "completion": null},\n {"prompt": "c", "completion": "d"}]')
+    faults = Faults()
+    (good,) = open_source(file, "prompt").records(faults)
+    assert (good.line, faults.lines) == (4, 3)
+    assert str(faults.first[2]) == f'{file}:2, prompt: no prompt (the record has q): {{"q": 2}}'
+    assert str(faults.first[4]) == f'{file}:3, completion: no completion (it is null): {{"prompt": "a", "completion": null}}'
+    with pytest.raises(DataError, match="3 of 4 records"):
+        check(str(file), "prompt", "error")
+
+
 def test_what_is_skipped_is_written_down(tmp_path: Path) -> None:
     file, skipped = tmp_path / "a.jsonl", tmp_path / "skipped.jsonl"
     file.write_bytes(lines(CHATS) + b"\noops\n" + lines([{"messages": [A]}]))

@@ -60,6 +60,16 @@ def test_every_change_is_named_with_what_it_was(directory, recipe):
     assert "epochs" not in caught.value.fact and "torch was" in caught.value.fact
 
 
+def test_data_that_is_not_there_cannot_be_accepted_but_linked_to(directory, recipe, tmp_path):
+    moved = Path(recipe.data).rename(tmp_path / "elsewhere.jsonl")
+    for accept in ((), ("data",)):
+        with pytest.raises(RunChanged, match=r"data: .* cannot be read: No such file") as caught:
+            inputs.check(directory, accept)
+        assert caught.value.fix == f"put {recipe.data} back where it was, or a link to where it is now"
+    Path(recipe.data).symlink_to(moved)
+    assert inputs.check(directory) == {}
+
+
 def test_what_is_accepted_is_the_new_start(directory, recipe):
     before = directory.read_json("environment")
     longer(recipe.data)
