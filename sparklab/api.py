@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, overload
 from sparklab.box import Box
 from sparklab.data.lesson import lesson
 from sparklab.data.read import check, resolved
-from sparklab.errors import RunError, UnknownFamily
+from sparklab.errors import RecipeError, RunError, UnknownFamily
 from sparklab.model.source import check_trainable
 from sparklab.planner import plan as make_plan
 from sparklab.planner.kept import kept
@@ -22,6 +22,7 @@ from sparklab.run import guard, inputs, launch
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
 from sparklab.run.tracing import traced, traced_alone
+from sparklab.text import one_line
 
 if TYPE_CHECKING:
     from sparklab.box.doctor import Checkup
@@ -93,6 +94,8 @@ def train(
 
     Raises RecipeError, ModelError, DataError, DoesNotFit, DiskFull, RunExists.
     """
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"what is to be trained is a {type(recipe).__name__}, not a recipe", "make one first: sl.recipes.lora(model, data)")
     target = Path(path) if path is not None else RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.fingerprint[:4]}"
     planned = make_plan(recipe, box=Box.detect())
     check_trainable(recipe.model)
@@ -329,12 +332,17 @@ class Run:
         return self._panel is not None
 
     def compare(self, prompts: Sequence[str], max_new_tokens: int | None = None) -> Comparison:
-        """Base and tuned, side by side, on the same prompts (greedy), in a process of its own."""
+        """Base and tuned, side by side, on the same prompts (greedy), in a process of its own. ``max_new_tokens``: default is ``answer_tokens``.
+
+        Raises RunError where there are no prompts, or they are no texts.
+        """
         from sparklab.panels.tables import Comparison  # noqa: PLC0415
 
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        answer = ask(self.directory, "compare", prompts=list(prompts), max_new_tokens=max_new_tokens or self.recipe.answer_tokens)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise RunError(f"prompts is {one_line(prompts, 80)}; it must be one text or some", 'ask as run.compare(["Hello!"])')
+        _at_least_one("max_new_tokens", max_new_tokens)
+        answer = ask(self.directory, "compare", prompts=prompts, max_new_tokens=max_new_tokens or self.recipe.answer_tokens)
         return Comparison(rows=tuple(answer["rows"]))
 
     def evaluate(self, n: int | None = None) -> Evaluation:
@@ -344,8 +352,7 @@ class Run:
         """
         from sparklab.panels.tables import Evaluation  # noqa: PLC0415
 
-        if n is not None and n < 1:
-            raise RunError(f"n is {n}; it must be a whole number of at least 1", "leave it out to have all held-out records answered")
+        _at_least_one("n", n)
         return Evaluation.from_answer(ask(self.directory, "evaluate", n=n))
 
     def to_dict(self) -> dict[str, Any]:
@@ -374,6 +381,11 @@ def runs(*places: str | os.PathLike[str]) -> RunTable[Run]:
     from sparklab.panels.runs_panel import RunTable, find  # noqa: PLC0415 - panels only where somebody looks
 
     return RunTable(find(places or (RUNS,)), Run)
+
+
+def _at_least_one(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise RunError(f"{name} is {value!r}; it must be a whole number of at least 1", f"leave {name} out for the default")
 
 
 def quickstart(method: str = "lora", seed: int = 0, path: str | os.PathLike[str] | None = None, *, panel: bool = True) -> Run:

@@ -45,6 +45,8 @@ BAD = [
     (["train", "tiny", "."], "DataError", "directory"),
     (["train", "good.jsonl", "tiny"], "ModelError", "name the model first"),
     (["train", "tiny", "good.jsonl", "--run", "run"], "RunExists", "sparklab resume run"),
+    (["train", "tiny", "good.jsonl", "--run", "good.jsonl/run"], "RunError", "good.jsonl is a file"),
+    (["train", "tiny", "good.jsonl", "--run", "x" * 300], "RunError", "File name too long"),
     (["report", "run", "--out", "."], "RunError", "is a directory"),
     (["train", "./no-model", "good.jsonl"], "ModelNotFound", "no-model"),
     (["train", "weightless", "good.jsonl"], "ModelError", "weights"),

@@ -19,6 +19,7 @@ from sparklab.run import inputs, lock
 from sparklab.run.directory import RunDirectory
 from sparklab.run.state import RunState
 from sparklab.run.worker import advance
+from sparklab.text import one_line
 from sparklab.units import format_bytes
 
 
@@ -159,6 +160,11 @@ def check_disk(path: Path, needed_bytes: float) -> None:
 
 def check_writable(path: Path) -> None:
     """Raises :class:`RunError` where a run directory cannot be made at ``path``."""
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    try:
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise RunError(f"{one_line(path)} cannot be a directory: {getattr(error, 'strerror', None) or error}", "choose another name for the run") from None
+    if existing != path and not existing.is_dir():
+        raise RunError(f"{existing} is a file, and the run is to lie in it ({path})", "choose another directory for the run")
     if existing.is_dir() and not os.access(existing, os.W_OK):
         raise RunError(f"{existing} is not writable", "choose another directory for the run")

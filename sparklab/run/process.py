@@ -20,7 +20,8 @@ from sparklab.errors import RunFailed, SparklabError
 def ask_process(module: str, request: dict[str, Any], environment: dict[str, str], name: str, fix: str) -> dict[str, Any]:
     """The answer of ``python -m module``, or the error it met (:meth:`SparklabError.to_dict`: ``error``, ``fact``, ``fix``).
 
-    Raises :class:`RunFailed`, with ``name``, the end of what the process said and ``fix``, where it ended without an answer.
+    Raises :class:`RunFailed`, with ``name`` and the end of what the process said, where it ended without an answer; with ``fix`` where something
+    ended it, as the kernel does when memory runs out.
     """
     with tempfile.TemporaryDirectory(prefix="sparklab-") as folder:
         answer_path = Path(folder) / "answer.json"
@@ -28,6 +29,8 @@ def ask_process(module: str, request: dict[str, Any], environment: dict[str, str
         process = subprocess.run([sys.executable, "-m", module], input=asked, capture_output=True, check=False, env=environment)
         if not answer_path.is_file():
             tail = process.stderr.decode("utf-8", "replace").strip().splitlines()[-5:]
+            if process.returncode > 0:  # its own error, which nobody foresaw
+                fix = "report it with these lines"
             raise RunFailed(f"{name} ended with exit status {process.returncode}:\n" + "\n".join(tail), fix)
         answer: dict[str, Any] = json.loads(answer_path.read_text(encoding="utf-8"))
     return answer

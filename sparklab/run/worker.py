@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import logging
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,7 +154,14 @@ def _graceful(stop: Any) -> Iterator[None]:
             signal.signal(each, handler)
 
 
+def _hush() -> None:
+    """What the libraries say to everybody and nobody here can mend: in worker.log, which a lost run quotes, it would pass for the reason."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a kernel from the hub that nobody asked for is not there
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks for what transformers 5 renamed
+
+
 if __name__ == "__main__":
+    _hush()
     try:
         sys.exit(main())
     except RunError as error:

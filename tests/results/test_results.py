@@ -1,14 +1,16 @@
 """Compare and evaluate, on a run that learned."""
 
 import math
+import os
 
 import pytest
 
 import sparklab as sl
 from sparklab.engine.answer import exact_match
-from sparklab.errors import RunError
+from sparklab.errors import RecipeError, RunError, RunFailed
 from sparklab.panels.tables import Evaluation
 from sparklab.run.directory import RunDirectory
+from sparklab.run.process import ask_process
 
 pytestmark = pytest.mark.slow
 
@@ -37,14 +39,35 @@ def test_compare_and_evaluate(small_recipe, tmp_path, method):
     assert "±" in str(evaluation)
 
 
-def test_of_plain_text_nothing_is_asked_and_nobody_is_asked_less_than_once():
+def test_of_plain_text_nothing_is_asked():
     loss = {"base": {"loss": 2.5, "tokens": 40}, "tuned": {"loss": 1.25, "tokens": 40}}  # as answers.evaluate gives it where no record is a question
     evaluation = Evaluation.from_answer({"held_out": 0, "answered": 0, **loss})
     assert (evaluation.tuned.n, evaluation.tuned.loss) == (0, 1.25) and math.isnan(evaluation.tuned.exact_match)
     assert "1.2500" in str(evaluation) and "exact" not in str(evaluation) + evaluation._repr_html_()
-    for n in (0, -1):
-        with pytest.raises(RunError, match=f"n is {n}; it must be a whole number of at least 1"):
-            sl.Run(RunDirectory.__new__(RunDirectory)).evaluate(n)
+
+
+def test_what_cannot_be_asked_is_said_before_a_process_is_made():
+    run = sl.Run(RunDirectory.__new__(RunDirectory))
+    for n in (0, -1, "three", True):
+        with pytest.raises(RunError, match=f"n is {n!r}; it must be a whole number of at least 1"):
+            run.evaluate(n)
+        with pytest.raises(RunError, match=f"max_new_tokens is {n!r}; "):
+            run.compare("Hello!", max_new_tokens=n)
+    for prompts in ([], [3], ["a", None]):
+        with pytest.raises(RunError, match="it must be one text or some"):
+            run.compare(prompts)
+    with pytest.raises(RecipeError, match=r"a str, not a recipe[\s\S]*sl.recipes.lora"):
+        sl.train("tiny")
+
+
+def test_a_process_that_was_ended_is_not_one_that_failed(tmp_path):
+    for name, code in (("failed", "raise KeyError('n')"), ("killed", "import os; os.kill(os.getpid(), 9)")):
+        (tmp_path / f"{name}.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with pytest.raises(RunFailed, match=r"KeyError: 'n'[\s\S]*report it with these lines"):
+        ask_process("failed", {}, environment, "compare", "free memory")
+    with pytest.raises(RunFailed, match=r"exit status -9[\s\S]*free memory"):
+        ask_process("killed", {}, environment, "compare", "free memory")
 
 
 def test_no_result_yet(small_recipe, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -43,6 +44,7 @@ def test_commands_act_and_are_acknowledged(small_recipe, tmp_path):
     assert run.wait(120).status == "stopped"
     assert [event["name"] for event in events(run, "command")] == ["checkpoint", "sample", "pause", "resume", "stop"]
     assert (run.path / "checkpoints" / f"step-{run.state.step:06d}" / "manifest.json").is_file()
+    assert not {"kernels", "is_gradient_checkpointing"} & set(re.findall(r"\w+", run.directory.log_tail())), "nothing that would pass for a reason"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, "stopped"), (signal.SIGKILL, "lost")])
