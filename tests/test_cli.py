@@ -63,6 +63,9 @@ BAD = [
     (["plan", "tiny", "--box", "toaster"], "BoxError", "dgx-spark"),
     (["box", "toaster"], "BoxError", "toaster"),
     (["watch", "no-run"], "RunNotFound", "no-run"),
+    (["watch", "x" * 300], "RunNotFound", "File name too long"),
+    (["runs", "x" * 300], "RunNotFound", "File name too long"),
+    (["plan", "x" * 300], "ModelNotFound", "File name too long"),
     (["stop", "occupied"], "RunNotFound", "not a run"),
     (["compare", "occupied", "hi"], "RunNotFound", "not a run"),
 ]

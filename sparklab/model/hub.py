@@ -12,13 +12,18 @@ from typing import Any, Final
 from sparklab.errors import ModelError, ModelNotFound
 
 TINY_PATH: Final = Path(__file__).resolve().parent / "tiny"
+_FORMS: Final = "give a directory with config.json, a config.json, a hub name (owner/name) or 'tiny', the bundled model"
 SECONDS_TO_WAIT: Final = 10.0  # a plan is asked for interactively; a network that takes longer for 1 KB counts as none
 
 
 def load_config(source: str) -> Any:
     """The parsed config.json that ``source`` means; asked of the hub only where no such path exists and the name has the hub's form."""
     path = TINY_PATH if source == "tiny" else Path(source).expanduser()
-    if path.is_dir():
+    try:
+        is_dir = path.is_dir()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise ModelNotFound(f"No model at {source[:300]!r}: {getattr(error, 'strerror', None) or error}", _FORMS) from None
+    if is_dir:
         path = path / "config.json"
         if not path.is_file():
             raise ModelNotFound(f"The directory {path.parent} has no config.json", _nearest(path))
@@ -49,15 +54,14 @@ def _not_json(name: str, error: Exception) -> ModelError:
 
 def _nearest(path: Path) -> str:
     """The likeliest thing that was meant: a sibling of nearly that name, the bundled model, or the forms a name can have."""
-    forms = "give a directory with config.json, a config.json, a hub name (owner/name) or 'tiny', the bundled model"
     try:
         siblings = sorted(item.name for item in path.parent.iterdir() if item.is_dir() or item.suffix == ".json")
     except OSError:
-        return f"the directory {path.parent} does not exist or cannot be read; {forms}"
+        return f"the directory {path.parent} does not exist or cannot be read; {_FORMS}"
     close = difflib.get_close_matches(path.name, [*siblings, "tiny"], n=1, cutoff=0.6)
     if close:
-        return f"did you mean {close[0] if close[0] == 'tiny' and 'tiny' not in siblings else str(path.parent / close[0])!r}? Else {forms}"
-    return forms
+        return f"did you mean {close[0] if close[0] == 'tiny' and 'tiny' not in siblings else str(path.parent / close[0])!r}? Else {_FORMS}"
+    return _FORMS
 
 
 def _fetch_config(name: str) -> str:

@@ -64,7 +64,7 @@ def write_report(directory: RunDirectory, path: str | os.PathLike[str] | None = 
                 os.unlink(draft)
             raise
     except OSError as error:
-        raise RunError(f"{target} cannot be written: {error}", "choose another place: sparklab report RUN --out FILE") from error
+        raise RunError(f"{target} cannot be written: {error.strerror or error}", "choose another place: sparklab report RUN --out FILE") from error
     return target
 
 

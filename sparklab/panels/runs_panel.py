@@ -12,7 +12,7 @@ from sparklab.errors import RunNotFound
 from sparklab.panels import runs_view
 from sparklab.panels.resident import Watcher
 from sparklab.panels.runs_view import Drawn, Entry
-from sparklab.run.directory import RunDirectory
+from sparklab.run.directory import RunDirectory, is_run
 
 R = TypeVar("R")
 Place = str | os.PathLike[str]
@@ -27,7 +27,7 @@ def find(places: Place | Iterable[Place]) -> list[RunDirectory]:
     missing = []
     for place in [places] if isinstance(places, (str, os.PathLike)) else places:
         path = Path(place)
-        if (path / "recipe.json").is_file():
+        if is_run(path):
             inside = [path]
         elif path.is_dir():
             inside = sorted((entry.parent for entry in path.glob("*/recipe.json") if not entry.parent.name.startswith(".")), key=_in_order)

@@ -55,7 +55,7 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not (self.path / "recipe.json").is_file():
+        if not is_run(self.path):
             what = "is not a run directory (no recipe.json)" if self.path.exists() else "does not exist"
             near = sorted(entry.parent.name for entry in self.path.parent.glob("*/recipe.json"))[:5] if self.path.parent.is_dir() else []
             raise RunNotFound(
@@ -76,10 +76,10 @@ class RunDirectory:
         Raises :class:`RunExists` where something is there already (an empty directory is nothing).
         """
         target = Path(path)
-        is_run = (target / "recipe.json").exists()
+        holds_run = (target / "recipe.json").exists()
         occupied = RunExists(
-            f"{target} exists already" + (" and holds a run" if is_run else ""),
-            f"choose another path{f', or go on with that run: sparklab resume {target}, sl.Run.open(path).resume()' if is_run else ''}",
+            f"{target} exists already" + (" and holds a run" if holds_run else ""),
+            f"choose another path{f', or go on with that run: sparklab resume {target}, sl.Run.open(path).resume()' if holds_run else ''}",
         )
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise occupied
@@ -226,6 +226,14 @@ class RunDirectory:
                 return clean("\n".join(file.read(16_384).decode("utf-8", "replace").splitlines()[-lines:]))
         except OSError:
             return ""
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run lies there. Raises :class:`RunNotFound` for a name that no directory can have."""
+    try:
+        return (path / "recipe.json").is_file()
+    except (OSError, ValueError) as error:
+        raise RunNotFound(f"{clean(path, 300)} cannot be opened: {getattr(error, 'strerror', None) or error}", "name a run directory") from None
 
 
 class RunFollower:
