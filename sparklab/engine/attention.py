@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparklab.engine import flex, products
+from sparklab.engine import flex
 from sparklab.engine.blockwise import attend
+from sparklab.engine.cpu_attention import CpuAttention
 from sparklab.engine.device import on_gpu
 from sparklab.errors import ModelError
 
@@ -57,7 +58,8 @@ def packed_attention(
         if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= VARLEN_WIDTH:
             return _varlen(query, key, value, cu_seq_lens_q, max(lengths), scale, sliding_window)[..., :width], None
         if query.device.type == "cpu" and not windowed:
-            out: Tensor = _PerDocument.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
+            kernel = CpuAttention if query.dtype == torch.bfloat16 and not on_gpu(query) else _PerDocument
+            out: Tensor = kernel.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
             return out[..., :width], None
     if (blockwise or windowed or query.shape[-1] > VARLEN_WIDTH) and not dropped:
         together = flex.attend(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap, s_aux)
@@ -114,10 +116,7 @@ class _PerDocument(torch.autograd.Function):
         outs = [tensor.new_empty((1, tensor.shape[2], tensor.shape[1], tensor.shape[3])) for tensor in (query, key, value)]
         pieces = _documents(ctx.lengths, query, key, value, out.transpose(1, 2), grad.transpose(1, 2))
         for sums, (place, q, k, v, o, g) in zip(lse, pieces, strict=True):
-            if query.dtype == torch.bfloat16 and not on_gpu(query):
-                parts = products.backward(g, q, k, v, o, sums, ctx.scale)
-            else:
-                parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, sums, 0.0, True, scale=ctx.scale)
+            parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, sums, 0.0, True, scale=ctx.scale)
             for whole, part in zip(outs, parts, strict=True):
                 whole[:, place] = part.transpose(1, 2)
             del parts, part

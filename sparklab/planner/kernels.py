@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from sparklab.model.parts import Activation, Attention, Linear, Norm, Part, Product, Residual, Rotary, Router, Scale, Split
-from sparklab.planner.products import held_bytes
+from sparklab.planner.cpu_attention import held_bytes
 from sparklab.planner.tape import Tape
 
 Backward = Callable[[Tape], None]
@@ -361,16 +361,16 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
         if blockwise:  # the documents' gradients, before they are joined
             tape.hold("pieces", queries + 2 * (repeated or keys))
             tape.spike(_block_bytes(part, engine, 3 * 4 + b) + 2 * (4 - b) * keys / b * engine.longest / engine.tokens)  # sums for keys and values are fp32
+        by_products = document > 0 and b == 2  # the gradients are laid out when all are made
+        if by_products:
+            tape.spike(held_bytes(engine.tokens, engine.longest, part.heads, part.kv_heads, part.head_dim) / engine.tokens)
         for name, size in sizes.items():
             if padded and name == part.value:
                 tape.spike(keys)
             if name in grads:
                 tape.accumulate(f"d:{name}", size)
-        work = document * (queries + 2 * keys)
-        if document and b == 2:
-            work = held_bytes(engine.longest, part.heads, part.kv_heads, part.head_dim) / engine.tokens
         wider = keys - values if padded and not blockwise else 0  # the values' gradient, until it is cut to their width
-        tape.spike(work + wider)
+        tape.spike((queries + 2 * keys) * (1 if by_products else document) + wider)
         tape.drop_any("pieces", out, f"{part.writes}:lse", *(f"{kept}:{name}" for name in sizes))
         tape.drop_any("padded gradient", gradient)
 
