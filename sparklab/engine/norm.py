@@ -84,13 +84,13 @@ class _RMSNorm(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         factor = 1.0 + weight.float() if ctx.kind == "gemma" else weight.float()
         for rows in _blocks(x_NW):
-            normal = x_NW[rows] * root_N1[rows]
+            normal = x_NW[rows].to(torch.float32, copy=True).mul_(root_N1[rows])  # a product of two types would make a third tensor
             if d_weight is not None:
                 d_weight += (grad_NW[rows] * normal).sum(0)
             if d_x is not None:
-                slope = grad_NW[rows] * factor
-                mean = (slope * normal).mean(-1, keepdim=True)
-                d_x[rows] = slope.sub_(normal.mul_(mean)).mul_(root_N1[rows])
+                slope = grad_NW[rows].to(torch.float32, copy=True).mul_(factor)
+                mean = (slope * normal).sum(-1, keepdim=True).div_(-x.shape[-1])
+                d_x[rows] = slope.addcmul_(normal, mean).mul_(root_N1[rows])
         return None if d_x is None else d_x.view(x.shape), None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 
