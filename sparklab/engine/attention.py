@@ -10,7 +10,6 @@ the document, anywhere soft-capped scores and sinks) is done by :mod:`sparklab.e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -19,14 +18,13 @@ from torch import Tensor, nn
 
 from sparklab.engine import flex
 from sparklab.engine.blockwise import attend
-from sparklab.engine.cpu_attention import CpuAttention
+from sparklab.engine.cpu_attention import ByProducts, PerDocument
 from sparklab.engine.device import on_gpu
 from sparklab.errors import ModelError
 
 NAME = "sparklab_packed"
 VARLEN_WIDTH: Final = 256  # the widest head that flash attention's kernels take
 _THERE: Final = "sparklab_on_the_device"
-_aten: Final = torch.ops.aten
 
 
 def packed_attention(
@@ -58,7 +56,7 @@ def packed_attention(
         if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= VARLEN_WIDTH:
             return _varlen(query, key, value, cu_seq_lens_q, max(lengths), scale, sliding_window)[..., :width], None
         if query.device.type == "cpu" and not windowed:
-            kernel = CpuAttention if query.dtype == torch.bfloat16 and not on_gpu(query) else _PerDocument
+            kernel = ByProducts if query.dtype == torch.bfloat16 and not on_gpu(query) else PerDocument
             out: Tensor = kernel.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
             return out[..., :width], None
     if (blockwise or windowed or query.shape[-1] > VARLEN_WIDTH) and not dropped:
@@ -92,45 +90,6 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest:
     out: Any = varlen_attn(q, k, v, there, there, longest, longest, scale=scale, window_size=seen, enable_gqa=q.shape[1] != k.shape[1])
     joined: Tensor = out[None]
     return joined
-
-
-class _PerDocument(torch.autograd.Function):
-    """A CPU's flash attention, a document at a time, each result written to its place in tensors laid out [1, T, heads, D], as linears read them."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
-        out = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3]))
-        lse = []
-        for place, q, k, v in _documents(lengths, query, key, value):
-            done, sums = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-            out[:, place] = done.transpose(1, 2)
-            lse.append(sums)
-            del done
-        ctx.save_for_backward(query, key, value, out, *lse)
-        ctx.lengths, ctx.scale = lengths, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, *lse = ctx.saved_tensors
-        outs = [tensor.new_empty((1, tensor.shape[2], tensor.shape[1], tensor.shape[3])) for tensor in (query, key, value)]
-        pieces = _documents(ctx.lengths, query, key, value, out.transpose(1, 2), grad.transpose(1, 2))
-        for sums, (place, q, k, v, o, g) in zip(lse, pieces, strict=True):
-            parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, sums, 0.0, True, scale=ctx.scale)
-            for whole, part in zip(outs, parts, strict=True):
-                whole[:, place] = part.transpose(1, 2)
-            del parts, part
-        d_query, d_key, d_value = (whole.transpose(1, 2) for whole in outs)
-        return d_query, d_key, d_value, None, None
-
-
-def _documents(lengths: list[int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """(where in the row, each tensor's part of it) of one document after the other."""
-    start = 0
-    for length in lengths:
-        place = slice(start, start + length)
-        yield (place, *(tensor[:, :, place] for tensor in tensors))
-        start += length
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Attention of a packed row in bf16 on a CPU: forward flash attention's kernel, backward plain matrix products, which take half of that kernel's time.
+"""Attention of a packed row on a CPU: flash attention's kernels; in bf16 the backward pass is plain matrix products, which take half of that kernel's time.
 
 Shapes: T tokens a row, S of one document (padded to P), H heads in G groups that share a key, N = H / G, D numbers a head, R queries at once.
 
@@ -14,7 +14,7 @@ tokens that follow it: their weights are 0, and what is written at their places 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -26,34 +26,52 @@ from sparklab.planner.cpu_attention import COLUMNS, MULTIPLE, padded, rows_at_on
 _aten: Final = torch.ops.aten
 
 
-class CpuAttention(torch.autograd.Function):
-    """Of query [1, H, T, D], key and value [1, G, T, D] and the documents' lengths; out is [1, T, H, D], as linears read it."""
+class PerDocument(torch.autograd.Function):
+    """Flash attention's kernels, a document at a time: of query [1, H, T, D], key and value [1, G, T, D], the documents' lengths and the scale.
+
+    out is [1, T, H, D], as linears read it; so lie the gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-        _, heads, tokens, width = query.shape
-        out = query.new_empty((1, tokens, heads, width))
-        lse = query.new_empty((heads, tokens), dtype=torch.float32)
-        for start, length in _documents(lengths):
-            place = slice(start, start + length)
-            q, k, v = query[:, :, place], key[:, :, place], value[:, :, place]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
+        out = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3]))
+        lse = []
+        for place, q, k, v in _documents(lengths, query, key, value):
             done, sums = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-            out[:, place], lse[:, place] = done.transpose(1, 2), sums[0]
+            out[:, place] = done.transpose(1, 2)
+            lse.append(sums)
             del done
-        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.save_for_backward(query, key, value, out, *lse)
         ctx.lengths, ctx.scale = lengths, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, out, *lse = ctx.saved_tensors
+        outs = [tensor.new_empty((1, tensor.shape[2], tensor.shape[1], tensor.shape[3])) for tensor in (query, key, value)]
+        pieces = _documents(ctx.lengths, query, key, value, out.transpose(1, 2), grad.transpose(1, 2))
+        for sums, (place, q, k, v, o, g) in zip(lse, pieces, strict=True):
+            parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, sums, 0.0, True, scale=ctx.scale)
+            for whole, part in zip(outs, parts, strict=True):
+                whole[:, place] = part.transpose(1, 2)
+            del parts, part
+        d_query, d_key, d_value = (whole.transpose(1, 2) for whole in outs)
+        return d_query, d_key, d_value, None, None
+
+
+class ByProducts(PerDocument):
+    """The same with a backward pass of plain products, for bf16."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, *lse = ctx.saved_tensors
         groups = key.shape[1]
         delta = grad.float().mul_(out)[0].sum(-1).t()
-        q, g = _beside(query, lse / ctx.scale, groups), _beside(grad.transpose(1, 2), delta, groups)
+        q, g = _beside(query, torch.cat(lse, 2)[0] / ctx.scale, groups), _beside(grad.transpose(1, 2), delta, groups)
         row = _Row(q, g, _beside(key, None, groups), _beside(value, None, groups), ctx.scale)
         del q, g
-        for start, length in _documents(ctx.lengths):
-            row.document(start, length)
+        for (place,) in _documents(ctx.lengths):
+            row.document(place.start, place.stop - place.start)
         d_q, d_k, d_v = row.gradients
         del row
         tokens = query.shape[2]
@@ -106,11 +124,12 @@ class _Row:
         return weights.flatten(2)
 
 
-def _documents(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(where it begins, its length) of one document after the other."""
+def _documents(lengths: list[int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """(where in the row, each tensor's part of it) of one document after the other."""
     start = 0
     for length in lengths:
-        yield start, length
+        place = slice(start, start + length)
+        yield (place, *(tensor[:, :, place] for tensor in tensors))
         start += length
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparklab.engine.cpu_attention import CpuAttention
+from sparklab.engine.cpu_attention import ByProducts
 from sparklab.engine.storages import StorageTracker
 from sparklab.planner.cpu_attention import MULTIPLE, NUMBERS, ROWS, held_bytes, padded, rows_at_once
 
@@ -31,7 +31,7 @@ def in_fp64(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: floa
 
 def gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lengths: list[int], scale: float) -> tuple[Tensor, ...]:
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-    out: Tensor = CpuAttention.apply(*leaves, lengths, scale)
+    out: Tensor = ByProducts.apply(*leaves, lengths, scale)
     out.backward(grad.transpose(1, 2))
     return tuple(leaf.grad for leaf in leaves)  # type: ignore[misc]
 
@@ -75,7 +75,7 @@ def test_what_follows_a_document_changes_nothing_in_it() -> None:
 def test_holds_what_the_planner_says(lengths: list[int], heads: int, groups: int) -> None:
     query, key, value, grad = case(sum(lengths), heads, groups, 64, 1.0)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    out: Tensor = CpuAttention.apply(*leaves, lengths, 0.125)
+    out: Tensor = ByProducts.apply(*leaves, lengths, 0.125)
     with StorageTracker() as tracker:  # type: ignore[no-untyped-call]
         out.backward(grad.transpose(1, 2))
     known = 2 * 64 * sum(lengths) * (3 * heads + 2 * groups) + 4 * heads * sum(lengths)  # grad and out, and what was kept: they come by as they are used
