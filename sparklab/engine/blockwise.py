@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparklab.planner.kernels import ATTENTION_ROWS
 
@@ -70,6 +71,7 @@ class _Blockwise(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None, None]:
         query, key, value, out, lse, sinks = ctx.saved_tensors
         groups = key.shape[1]

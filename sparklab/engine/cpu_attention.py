@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparklab.engine.device import to_do
 from sparklab.planner.cpu_attention import COLUMNS, MULTIPLE, padded, rows_at_once
@@ -46,6 +47,7 @@ class PerDocument(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, *lse = ctx.saved_tensors
         outs = [tensor.new_empty((1, tensor.shape[2], tensor.shape[1], tensor.shape[3])) for tensor in (query, key, value)]
@@ -63,6 +65,7 @@ class ByProducts(PerDocument):
     """The same with a backward pass of plain products, for bf16."""
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, *lse = ctx.saved_tensors
         groups = key.shape[1]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sparklab.engine.lora import KINDS, Buffer, Frozen, mixed
 from sparklab.engine.mlp import Gate, gate_of
@@ -31,6 +32,7 @@ class _FrozenMLP(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         gate_TF, up_TF = ctx.saved_tensors
         gate_base, up_base, down_base = ctx.bases

@@ -19,6 +19,9 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_aten: Final = torch.ops.aten
 
 
 class Frozen:
@@ -117,15 +120,15 @@ class _Linears(torch.autograd.Function):
         flat_TI = x.reshape(-1, x.shape[-1])
         low_TR = low_rank(flat_TI, a)
         lows = torch.split(low_TR, [matrix.shape[0] for matrix in a], 1)
-        outs = tuple(
-            adapted(flat_TI, low, base, matrix, scaling).view(*x.shape[:-1], -1) for low, base, matrix, scaling in zip(lows, bases, b, scalings, strict=True)
-        )
+        made = (adapted(flat_TI, low, base, matrix, scaling) for low, base, matrix, scaling in zip(lows, bases, b, scalings, strict=True))
+        outs = tuple(_aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1])) for out in made)  # no views: some blocks write over what a layer gives them
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, low_TR, *matrices)
         ctx.bases, ctx.scalings = bases, scalings
         return outs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, low_TR, *matrices = ctx.saved_tensors
         count = len(ctx.bases)
@@ -175,7 +178,7 @@ class Together:
             if not self._ready:
                 self._x = None
             return out
-        self._x, self._ready = None, {}
+        self.let_go()
         if member is not self.members[0]:
             return apply(x, [own])[0]
         others = [layer.plain(x) for layer in self.members[1:]]
@@ -184,6 +187,10 @@ class Together:
         out, *rest = apply(x, [own, *others])
         self._x, self._ready = x, {id(layer): tensor for layer, tensor in zip(self.members[1:], rest, strict=True)}
         return out
+
+    def let_go(self) -> None:
+        """Drops what a forward pass that broke off has left."""
+        self._x, self._ready = None, {}
 
 
 class Lora:
@@ -242,3 +249,10 @@ def together(layers: Sequence[Any]) -> None:
     group = Together(layers)
     for layer in layers:
         layer.fast_together = group
+
+
+def let_go(model: nn.Module) -> None:
+    """Drops what groups hold of a forward pass that broke off: an output, and with its graph all activations before it."""
+    for layer in model.modules():
+        if isinstance(layer, Lora) and layer.fast_together is not None:
+            layer.fast_together.let_go()

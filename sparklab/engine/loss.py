@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparklab.engine.device import on_gpu, to_do
 from sparklab.planner.items import LossTile, filled, loss_tile
@@ -48,6 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         grad_hidden_SH, grad_head_VH = ctx.saved_tensors
         return (

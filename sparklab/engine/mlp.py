@@ -14,9 +14,10 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sparklab.engine import liger
-from sparklab.engine.lora import Adapters, adapted, d_b, d_low, joined, low_rank
+from sparklab.engine.lora import Adapters, Lora, adapted, d_b, d_low, joined, low_rank
 
 _aten: Final = torch.ops.aten
 
@@ -85,6 +86,7 @@ class _GatedMLP(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_TF, up_TF, low_TR, low_down, a_gate, a_up, a_down, b_gate, b_up, b_down = ctx.saved_tensors
         (gate_base, s_gate), (up_base, s_up), (down_base, s_down) = ctx.layers
@@ -119,7 +121,8 @@ class GatedMLP:
     fast_act: Gate
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        layers = [own for layer in (self.gate_proj, self.up_proj, self.down_proj) if (own := layer.plain(x)) is not None]
+        parts = (self.gate_proj, self.up_proj, self.down_proj)  # linear layers again once the adapters are merged and unloaded
+        layers = [own for layer in parts if isinstance(layer, Lora) and (own := layer.plain(x)) is not None]
         if len(layers) < 3:
             slow: Tensor = super().forward(x)  # type: ignore[misc]
             return slow

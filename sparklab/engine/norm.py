@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparklab.engine import liger
 from sparklab.engine.device import on_gpu, to_do
@@ -59,7 +60,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kind: str) -> Tensor:
         x_NW = x.reshape(-1, x.shape[-1])
-        out_NW = torch.empty_like(x_NW)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)  # no view: some blocks write over what a norm gives them
+        out_NW = out.view(x_NW.shape)
         root_N1 = x_NW.new_empty((len(x_NW), 1), dtype=torch.float32)
         factor = 1.0 + weight.float() if kind == "gemma" else weight
         for rows in _blocks(x_NW):
@@ -73,9 +75,10 @@ class _RMSNorm(torch.autograd.Function):
                 out_NW[rows] = wide.mul_(factor)
         ctx.save_for_backward(x, weight, root_N1)
         ctx.kind = kind
-        return out_NW.view(x.shape)
+        return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, root_N1 = ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad[:2]

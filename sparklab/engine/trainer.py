@@ -23,6 +23,7 @@ from sparklab.data.report import total_steps
 from sparklab.engine import checkpoint
 from sparklab.engine.device import on_gpu
 from sparklab.engine.finite import BadUpdate, Watch, drop_gradients, weights_are_finite
+from sparklab.engine.lora import let_go
 from sparklab.engine.loss import IGNORE, chunked_cross_entropy, full_cross_entropy
 from sparklab.engine.memory import give_back, is_out_of_memory, longest, pieces
 from sparklab.engine.profile import DATA, OPTIMIZER
@@ -197,6 +198,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             else:
                 self.where = ""
                 return {"eval_loss": measured["loss"], "eval_tokens": measured["tokens"]}
+            let_go(self.model)
             give_back()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
@@ -218,6 +220,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             # Out of the handler, so that nothing refers to what the failed pass held. Its gradients may be half there: all of them go, and the
             # update begins again, with the random numbers it had.
             model.zero_grad(set_to_none=True)
+            let_go(model)
             give_back()
             self.watch.restart()
             self._tr_loss.zero_()

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import ParamWrapper as StockWrapper
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
@@ -147,6 +148,7 @@ class _Experts(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
         x, shares, a_up, b_up, a_down, b_down, gate_up, low_1, low_2, *places = ctx.saved_tensors
         route, module = Route(*places), ctx.module

@@ -12,7 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from sparklab.engine import attention, fast, frozen_mlp, lora, mlp, norm, rotary
+from sparklab.engine import attention, blockwise, fast, frozen_mlp, lora, mlp, norm, rotary
+from sparklab.engine.cpu_attention import PerDocument
+from sparklab.engine.loss import chunked_cross_entropy
 from sparklab.planner.recipe import Recipe
 
 RECIPE = Recipe(model="small", data="none", rank=4)
@@ -109,6 +111,7 @@ def test_what_is_peft_s_stays_peft_s(tmp_path):
             model.set_adapter("second")
         torch.testing.assert_close(ours(input_ids=ids).logits, stock(input_ids=ids).logits)
     ours.save_pretrained(tmp_path)
+    torch.testing.assert_close(ours.merge_and_unload()(input_ids=ids).logits, stock.merge_and_unload()(input_ids=ids).logits)
     assert {file.name for file in (tmp_path / "second").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
 
 
@@ -286,6 +289,25 @@ def test_attention_of_documents(kv_heads):
     torch.testing.assert_close(given, wanted)
     for one, other in zip(torch.autograd.grad(given, whole, up), gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+TWICE = {
+    "linear": lambda x: lora.apply(x, [lora.Adapters(lora.Frozen(torch.nn.Linear(8, 8).requires_grad_(False), lora.Buffer()), x[:2], x[:, :2], 1.0)])[0],
+    "norm": lambda x: norm._RMSNorm.apply(x, x[0], 1e-6, "llama"),
+    "turn": lambda x: rotary.apply(x[None, None], x[None, None], x[None], x[None])[0],
+    "a document": lambda x: PerDocument.apply(x[None, None], x[None, None], x[None, None], [8], 1.0),
+    "block by block": lambda x: blockwise.attend(x[None, None], x[None, None], x[None, None], 1.0, None, None, None),
+    "loss": lambda x: chunked_cross_entropy(x, x, torch.arange(8), 1.0),
+}
+
+
+@pytest.mark.parametrize("kernel", TWICE)
+def test_a_second_derivative_is_refused(kernel):
+    """Some would be wrong without a word: what the forward pass keeps has no graph."""
+    x = torch.randn(8, 8, requires_grad=True)
+    (first,) = torch.autograd.grad(TWICE[kernel](x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
 
 
 def test_reading_what_is_called_together():

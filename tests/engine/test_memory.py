@@ -1,14 +1,21 @@
 """When memory runs out: told from other errors, and the same update in smaller pieces."""
 
 import errno
+import weakref
 
 import pytest
 import torch
+from family_configs import SMALL
+from transformers import PrinterCallback, TrainerCallback
+from whole_step import BOX, base, documents, recipe_of, rows_of
 
 from sparklab.data.dataset import make_row
 from sparklab.data.template import Document
-from sparklab.engine.memory import is_out_of_memory, longest, pieces
-from sparklab.engine.trainer import collate
+from sparklab.engine import trainer
+from sparklab.engine.fast import ready_model
+from sparklab.engine.memory import give_back, is_out_of_memory, longest, pieces
+from sparklab.engine.trainer import PackedTrainer, collate
+from sparklab.model.load import decoder_layers
 
 
 @pytest.mark.parametrize(
@@ -51,3 +58,24 @@ def test_pieces_are_whole_documents_in_their_order(lengths, most, expected):
         assert piece["cu_seq_lens_q"][0] == 0 and piece["cu_seq_lens_q"][-1] == piece["input_ids"].shape[1] and piece["cu_seq_lens_q"].dtype == torch.int32
         assert all(piece["position_ids"][0, start] == 0 and piece["labels"][0, start] == -100 for start in piece["cu_seq_lens_q"][:-1])
     assert longest([row_of(*lengths), row_of(1)]) == (sum(lengths), max(lengths))
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers has opinions on token numbers of configs this small
+def test_nothing_of_the_pass_that_failed_is_held(tmp_path, monkeypatch):
+    """Memory runs out between layers that are computed together: their outputs wait, and with their graph all activations before them."""
+    recipe = recipe_of(tmp_path / "model", SMALL["qwen3"], retry="smaller")
+    model = ready_model(recipe, BOX, base)
+    first, *_, last = decoder_layers(model)
+    gone, left, failures = [], [], ["out of memory"]
+
+    def fail(*_):
+        if failures:
+            raise torch.OutOfMemoryError(failures.pop())
+
+    watching = first.register_forward_hook(lambda module, given, out: weakref.finalize(out.untyped_storage(), gone.append, "activations") and None)
+    last.self_attn.q_norm.register_forward_pre_hook(fail)
+    monkeypatch.setattr(trainer, "give_back", lambda: (give_back(), left.extend(gone), watching.remove()))
+    ours = PackedTrainer(model, recipe, tmp_path / "run", rows_of(documents(), True, 1), (), callback=TrainerCallback())
+    ours.remove_callback(PrinterCallback)
+    ours.train()
+    assert left == ["activations"]
