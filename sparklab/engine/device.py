@@ -18,9 +18,14 @@ def on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda or bool(_traced_for_gpu.get())
 
 
+def is_traced() -> bool:
+    """Whether a step is traced: tensors have no numbers to look at."""
+    return _traced_for_gpu.get() is not None
+
+
 def to_do(pieces: Sequence[_Piece]) -> Sequence[_Piece]:
     """Of pieces of work that hold no more one after the other than the first two: all of them, or those two where bytes alone are wanted."""
-    return pieces if _traced_for_gpu.get() is None else pieces[:2]
+    return pieces[:2] if is_traced() else pieces
 
 
 @contextmanager

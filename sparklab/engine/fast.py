@@ -21,7 +21,7 @@ from typing import Any, Final
 from torch import nn
 
 from sparklab.box import Box
-from sparklab.engine import attention, frozen_mlp, liger, lora, mlp, norm, rotary
+from sparklab.engine import attention, frozen_mlp, liger, lora, mlp, norm, rotary, tables
 from sparklab.model import experts
 from sparklab.model.load import BaseMaker, load_model
 from sparklab.planner.recipe import Recipe
@@ -36,6 +36,7 @@ def ready_model(recipe: Recipe, box: Box, make_base: BaseMaker | None = None) ->
     """
     attention.register()
     model = load_model(recipe, box, attention.NAME, make_base)
+    tables.by_document(model)
     left = fit(model, recipe)
     setattr(model, _LEFT, (*experts.left_to_stock(model), *left) if recipe.engine == "fast" else ())
     return model
@@ -91,7 +92,7 @@ def _fit_block(block: Any) -> None:
     """Norms and rotary positions whose text is known."""
     kind: Any = type(block)
     if (kind_of_norm := norm.spelling(kind)) is not None:
-        block.fast_kind, block.fast_eps = kind_of_norm, getattr(block, "variance_epsilon", None) or block.eps
+        block.fast_kind, block.fast_eps = kind_of_norm, block.variance_epsilon if hasattr(block, "variance_epsilon") else block.eps
         block.__class__ = lora.mixed(kind, norm.RMSNorm)
     elif not hasattr(block, "kv_b_proj") and (forward := rotary.with_our_turn(kind.forward)) is not None:  # a latent's heads turn in part
         block.__class__ = _with_forward(kind, forward)

@@ -267,7 +267,7 @@ def from_config(values: Any, source: str) -> Anatomy:
         tables=family.tables,
         table_count=len(windows) if name == "gemma3_text" else 1,  # it turns at another pace where a window slides
         turned=shape.turned,
-        notes=(*notes, *_dropout_note(fields.values)),
+        notes=(*notes, *_dropout_note(fields.values), *_balance_note(fields.values, shape)),
     )
     if not fields.faults and anatomy.parameters > MOST_PARAMETERS:
         fields.faults.append(f"these shapes make {anatomy.parameters:.2g} parameters; no model has more than {MOST_PARAMETERS:.0e}")
@@ -293,6 +293,13 @@ def _dropout_note(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Where the config makes the model drop numbers by itself, which no ledger line counts."""
     given = [f"{name} {values[name]}" for name in DROPOUTS if isinstance(values.get(name), (int, float)) and values[name] > 0]
     return (f"the model's own dropout ({', '.join(given)}) keeps masks that are not counted here: trace it, or set it to 0 in config.json",) if given else ()
+
+
+def _balance_note(values: Mapping[str, Any], shape: Shape) -> tuple[str, ...]:
+    """Where the config asks transformers for a loss of the routers' beside that of the tokens."""
+    if shape.mixture is None or not values.get("output_router_logits"):
+        return ()
+    return ("output_router_logits is true, and no loss that balances the experts is added here: what is learned is the cross-entropy of the tokens alone",)
 
 
 def _text_part(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

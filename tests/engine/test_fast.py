@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from sparklab.engine import attention, blockwise, fast, frozen_mlp, lora, mlp, norm, rotary
+from sparklab.engine import attention, blockwise, fast, frozen_mlp, lora, mlp, norm, rotary, tables
 from sparklab.engine.cpu_attention import PerDocument
 from sparklab.engine.loss import chunked_cross_entropy
 from sparklab.planner.recipe import Recipe
@@ -308,6 +308,29 @@ def test_a_second_derivative_is_refused(kernel):
     (first,) = torch.autograd.grad(TWICE[kernel](x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.square().sum().backward()
+
+
+PACES = {
+    "longrope": {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "original_max_position_embeddings": 16, "factor": 2.0},
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", PACES)
+def test_a_text_turns_at_its_own_pace_whatever_is_asked_beside_it(kind):
+    positions = 16 if kind == "dynamic" else 64
+    rope = {"rope_type": kind, "rope_theta": 1e4, **PACES[kind]}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=positions, rope_parameters=rope)
+    model = torch.nn.ModuleList([LlamaRotaryEmbedding(config)])
+    tables.by_document(model)
+    batch = torch.stack([torch.arange(count).clamp(max=last) for count, last in ((40, 39), (40, 4), (40, 29))])
+    whole = model[0](torch.zeros(()), batch)
+    paces = set()
+    for number, positions in enumerate(batch):
+        alone = LlamaRotaryEmbedding(config)(torch.zeros(()), positions[None])
+        assert all(torch.equal(given[number], wanted[0]) for given, wanted in zip(whole, alone, strict=True))
+        paces.add(round(float(alone[1][0, 4, 3]), 5))
+    assert len(paces) == (2 if kind == "longrope" else 3)
 
 
 def test_reading_what_is_called_together():

@@ -97,6 +97,27 @@ def test_bf16(family, method, tmp_path):
         assert together < 0.04
 
 
+UNCOMMON: dict[str, tuple[str, dict[str, Any]]] = {
+    "heads and projections clipped in place": ("olmoe", {"clip_qkv": 0.3}),
+    "widths that nothing divides, biases, no eps": ("llama", {"hidden_size": 90, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 22,
+        "intermediate_size": 101, "vocab_size": 1003, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 0.0}),
+    "another pace for long documents": ("phi3", {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 12, "long_factor": [2.0] * 12},
+        "original_max_position_embeddings": 32}),
+    "a pace for each long document": ("gemma3_text", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16}),
+    "a pace for each long document, one table": ("deepseek_v2", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNCOMMON)
+def test_uncommon_configs(name, tmp_path):
+    family, changes = UNCOMMON[name]
+    recipe, told = recipe_of(tmp_path / "model", {**SMALL[family], **changes}), documents(lengths=(5, 1, 37, 50))  # dynamic NTK remembers longer ones
+    stock = stock_update(recipe, told)
+    ours = sparklab_update(recipe, rows_of(told[::-1], True, 1), tmp_path / "run")
+    assert ours.loss == pytest.approx(stock.loss, rel=1e-6)
+    assert worst(stock.gradients, ours.gradients)[0] < 1e-5
+
+
 def test_an_unknown_family_trains_on_the_stock_path(tmp_path):
     """Starcoder 2 stands for all that nobody itemised: no plan knows its layers, and it trains all the same."""
     config: dict[str, Any] = {"model_type": "starcoder2", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,

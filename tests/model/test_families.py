@@ -125,3 +125,9 @@ def test_dropout_of_the_models_own_is_said_not_to_be_counted() -> None:
     assert from_config({**SMALL["gpt_neox"], "attention_dropout": 0.0}, "small").notes == ()
     (note,) = from_config({**SMALL["gpt_neox"], "hidden_dropout": 0.1}, "small").notes
     assert "hidden_dropout 0.1" in note and "not counted" in note
+
+
+@pytest.mark.parametrize(("family", "told"), [("mixtral", True), ("qwen3_moe", True), ("llama", False)])
+def test_a_loss_of_the_routers_is_said_to_be_left_out(family: str, told: bool) -> None:
+    assert any("cross-entropy" in note for note in from_config({**SMALL[family], "output_router_logits": True}, "small").notes) == told
+    assert not from_config(SMALL[family], "small").notes
