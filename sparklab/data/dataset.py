@@ -12,7 +12,7 @@ from sparklab.data.corpus import Corpus, HeldOut, Opened
 from sparklab.data.encode import Encoder
 from sparklab.data.faults import Faults, Skipped
 from sparklab.data.packed import Row, Rows, longest_micro_batch, make_row
-from sparklab.data.render import Tokenizer
+from sparklab.data.render import Tokenizer, names
 from sparklab.data.report import DataReport, few_updates
 from sparklab.data.tokenise import Tell
 from sparklab.errors import DataError
@@ -37,6 +37,14 @@ class Prepared:
     report: DataReport
     encoder: Encoder = field(repr=False)
     """Makes the tokens that the model is asked with: ``encoder.prompt_ids(record.prompt, record.tools)``."""
+
+    def refuse_strangers(self, vocabulary: int) -> None:
+        """Raise where a model that knows so many tokens does not know all of these."""
+        for rows in (self.train_rows, self.held_out_rows):
+            highest = int(rows.slices.store.ids.max()) if len(rows) else 0
+            if highest >= vocabulary:
+                fact = f"the tokenizer makes token {names(self.encoder.tokenizer, [highest])} of the data, and the model's tokens are 0 to {vocabulary - 1}"
+                raise DataError(fact, "put back the tokenizer that belongs to the model, or save a model whose embeddings were resized to it")
 
 
 def prepare(recipe: Recipe, tokenizer: Tokenizer, skipped: Path | None = None, tell: Tell | None = None) -> Prepared:
