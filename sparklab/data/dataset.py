@@ -16,6 +16,7 @@ from sparklab.data.render import Tokenizer, names
 from sparklab.data.report import DataReport, few_updates
 from sparklab.data.tokenise import Tell
 from sparklab.errors import DataError
+from sparklab.model.anatomy import vocabulary_of
 
 if TYPE_CHECKING:
     from sparklab.planner.recipe import Recipe
@@ -38,14 +39,6 @@ class Prepared:
     encoder: Encoder = field(repr=False)
     """Makes the tokens that the model is asked with: ``encoder.prompt_ids(record.prompt, record.tools)``."""
 
-    def refuse_strangers(self, vocabulary: int) -> None:
-        """Raise where a model that knows so many tokens does not know all of these."""
-        for rows in (self.train_rows, self.held_out_rows):
-            highest = int(rows.slices.store.ids.max()) if len(rows) else 0
-            if highest >= vocabulary:
-                fact = f"the tokenizer makes token {names(self.encoder.tokenizer, [highest])} of the data, and the model's tokens are 0 to {vocabulary - 1}"
-                raise DataError(fact, "put back the tokenizer that belongs to the model, or save a model whose embeddings were resized to it")
-
 
 def prepare(recipe: Recipe, tokenizer: Tokenizer, skipped: Path | None = None, tell: Tell | None = None) -> Prepared:
     """Everything the recipe says about data, done: the same recipe, files and tokenizer give the same rows.
@@ -60,7 +53,7 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, skipped: Path | None = None, t
         faults = Faults(leave_out)
         opened = tuple(_open(data, recipe, encoder, faults, tell) for data in (recipe.data, recipe.held_out) if isinstance(data, str))
     corpus = Corpus.open(recipe, encoder, opened)
-    for check in (refuse_too_long, refuse_nothing_to_learn):
+    for check in (refuse_too_long, refuse_nothing_to_learn, refuse_strangers):
         check(corpus, recipe)
     train_rows, held_out_rows = (Rows(side.slices, recipe.micro_batch_tokens, recipe.seed) for side in (corpus.train, corpus.held_out))
     return Prepared(
@@ -106,6 +99,16 @@ def refuse_nothing_to_learn(corpus: Corpus, recipe: Recipe) -> None:
     if train.longest > recipe.max_length:
         raise DataError(fact, f"raise max_length: it is {recipe.max_length:,} and the longest record has {train.longest:,} tokens")
     raise DataError(fact, "the chat template's {% generation %} marks leave out every answer: put them around the assistant's content")
+
+
+def refuse_strangers(corpus: Corpus, recipe: Recipe) -> None:
+    """Raise for tokens that the model has no embedding of."""
+    known = vocabulary_of(recipe.model)
+    highest = max(int(one.store.ids.max()) if len(one.store.ids) else 0 for one in corpus.opened)
+    if known is None or highest < known:
+        return
+    fact = f"the tokenizer makes token {names(corpus.encoder.tokenizer, [highest])} of the data, and the model's tokens are 0 to {known - 1}"
+    raise DataError(fact, "put back the tokenizer that belongs to the model, or save a model whose embeddings were resized to it")
 
 
 def report_of(corpus: Corpus, rows: int, skipped: int = 0) -> DataReport:

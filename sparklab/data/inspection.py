@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sparklab.data import signs
 from sparklab.data.corpus import Corpus, Opened
-from sparklab.data.dataset import refuse_nothing_to_learn, refuse_too_long, refuse_unusable, report_of
+from sparklab.data.dataset import refuse_nothing_to_learn, refuse_strangers, refuse_too_long, refuse_unusable, report_of
 from sparklab.data.encode import Encoder
 from sparklab.data.faults import Faults
 from sparklab.data.packed import Rows
@@ -58,7 +58,7 @@ def look(recipe: Recipe, tokenizer: Tokenizer, folder: Path, tell: Tell | None =
         attempt(refuse_unusable, one, recipe)
     usable = all(len(one.store.documents) for one in opened)  # without a record, what else is missing is no news
     corpus = (attempt(Corpus.open, recipe, encoder, opened) if usable else None) or Corpus.open(recipe.replace(held_out=0.0), encoder, opened[:1])
-    for check in (refuse_too_long, refuse_nothing_to_learn) if usable else ():
+    for check in (refuse_too_long, refuse_nothing_to_learn, refuse_strangers) if usable else ():
         attempt(check, corpus, recipe)
     report = report_of(corpus, len(Rows(corpus.train.slices, recipe.micro_batch_tokens, recipe.seed)), skipped=_faults(corpus.opened).lines)
     _leave_for_pages(corpus, tokenizer, folder)

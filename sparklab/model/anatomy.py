@@ -279,14 +279,23 @@ def from_config(values: Any, source: str) -> Anatomy:
 
 def width_of(source: str) -> int | None:
     """The width that a config names, whatever else is wrong with it; None where it names none."""
+    return _named(source, "hidden_size")
+
+
+def vocabulary_of(source: str) -> int | None:
+    """How many tokens a config says that the model knows; None where it does not."""
+    return _named(source, "vocab_size")
+
+
+def _named(source: str, name: str) -> int | None:
     try:
         values = load_config(source)
     except ModelError:
         return None
     if not isinstance(values, dict):
         return None
-    width = _text_part(values)[0].get("hidden_size")
-    return width if isinstance(width, int) and 0 < width <= MOST else None
+    value = _text_part(values)[0].get(name)
+    return value if isinstance(value, int) and 0 < value <= MOST else None
 
 
 def _dropout_note(values: Mapping[str, Any]) -> tuple[str, ...]:

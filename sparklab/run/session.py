@@ -24,7 +24,6 @@ from sparklab.engine.fast import left_to_stock, ready_model
 from sparklab.engine.memory import give_back, is_out_of_memory
 from sparklab.engine.trainer import PackedTrainer
 from sparklab.model import load
-from sparklab.model.anatomy import Anatomy
 from sparklab.run import guard, inputs
 from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventReader, EventWriter, recall
@@ -146,7 +145,6 @@ class Session:
         self._told = time.monotonic()
         self.tokenizer = load.load_tokenizer(self.recipe.model)
         self.data: Prepared = prepare(self.recipe, self.tokenizer, self.directory.path / "skipped.jsonl", self._tell_prepared)
-        self.data.refuse_strangers(Anatomy.read(self.recipe.model).vocabulary)
         self.events.write("data", **self.data.report.to_dict())
 
     def _tell_prepared(self, records: int, total: int | None) -> None:

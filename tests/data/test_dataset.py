@@ -229,3 +229,16 @@ def test_what_the_report_warns_of(tmp_path: Path, marked: Any) -> None:
 def test_no_torch_is_needed() -> None:
     script = "import sys, sparklab.data; print(sorted({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    """Tokens were added to the tokenizer, and the embeddings stayed as they were."""
+    model, plain = tmp_path / "config.json", recipe(write_chats(tmp_path / "chats.jsonl", 30))
+    highest = max(max(row.input_ids) for row in prepare(plain.replace(held_out=0.0), tokenizer).train_rows)
+    model.write_text(json.dumps({"model_type": "llama", "vocab_size": highest + 1}))
+    prepare(plain.replace(model=str(model)), tokenizer)
+    model.write_text(json.dumps({"model_type": "llama", "vocab_size": highest}))
+    with pytest.raises(DataError, match=rf"\({highest}\) of the data, and the model's tokens are 0 to {highest - 1}"):
+        prepare(plain.replace(model=str(model)), tokenizer)
+    (said,) = look(plain.replace(model=str(model)), tokenizer, tmp_path)["refusals"]
+    assert str(highest - 1) in said["fact"]

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import transformers
 from support import stop_after
 
 import sparklab as sl
@@ -346,20 +345,3 @@ def test_the_diary_never_keeps_a_half_line(tmp_path):
         assert (tmp_path / "events.jsonl").stat().st_size == size
         assert writer.write("warning", message="c")["seq"] == 1
     assert [event["message"] for event in diary.EventReader(tmp_path / "events.jsonl").read_new()] == ["a", "c"]
-
-
-# the tokenizer
-
-
-def test_tokens_that_the_model_does_not_know_are_named(quick_recipe, one_layer, tmp_path):
-    """A token was added to the tokenizer and the template, and the embeddings stayed as they were."""
-    model = shutil.copytree(one_layer, tmp_path / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    known = len(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|added|>"]})
-    tokenizer.chat_template = "<|added|>" + tokenizer.chat_template
-    tokenizer.save_pretrained(model)
-    run = sl.train(quick_recipe(model=str(model)), tmp_path / "run", inline=True, panel=False)
-    (failed,) = events(run, "failed")
-    assert failed["error"] == "DataError" and f"'<|added|>' ({known})" in failed["fact"] and f"0 to {known - 1}" in failed["fact"]
-    assert not events(run, "model")
