@@ -256,7 +256,7 @@ class Run:
             self.directory.send("resume")
             return self
         if status == "finished":
-            raise RunError(f"{self.path} is finished: there is nothing left to do", "start a new run with more epochs")
+            raise RunError(f"{self.path} is finished: there is nothing left to do", "to train longer, start a new run with more epochs or max_steps")
         accept = [accept] if isinstance(accept, str) else list(accept)
         if changes:
             inputs.change_recipe(self.directory, changes)

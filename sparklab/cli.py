@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from sparklab.errors import SparklabError
 from sparklab.planner.forecast import TOKENS_ASSUMED
@@ -33,12 +34,22 @@ CHOSEN = {
     "learning_rate": "by method and size of the model",
 }
 """What the planner decides where nobody says it."""
-NOT_ON_THE_WAY = {field.name for field in dataclasses.fields(Recipe)} - MAY_CHANGE
+_MERGE: Final = (
+    'in Python: from peft import AutoPeftModelForCausalLM; AutoPeftModelForCausalLM.from_pretrained("RUN/adapter").merge_and_unload().save_pretrained("OUT")'
+)
+ELSEWHERE: Final = {
+    "merge": f"PEFT merges an adapter into its base, {_MERGE}",
+    "export": f"a run's adapter directory is PEFT's own and can be used as it is; PEFT merges it into its base, {_MERGE}",
+}
+"""What is no verb, and how it is done all the same."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit status."""
-    options = build_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser()
+    parser.check_verb(next(iter(words), ""))
+    options = parser.parse_args(words)
     try:
         return int(options.run(options) or 0)
     except SparklabError as error:
@@ -53,9 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """argparse's, which says of a verb that does not exist which one is near, and not all of them."""
+
+    verbs: Collection[str] = ()
+
+    def check_verb(self, word: str) -> None:
+        """Ends with status 2 where the first word is no verb."""
+        if not word or word.startswith("-") or word in self.verbs:
+            return
+        near = difflib.get_close_matches(word, self.verbs, n=1)
+        fix = ELSEWHERE.get(word) or (f"did you mean {near[0]}?" if near else "sparklab --help lists the verbs")
+        self.error(f"there is no verb {clean(word, 80)!r}; {fix}")
+
+
+def build_parser() -> Parser:
     """All verbs with their flags; a recipe's flags derive from its fields."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sparklab", description="Fine-tune language models on a 128 GB unified-memory box.",
         epilog="sparklab VERB --help says what a verb takes; every verb has --json.",
     )  # fmt: skip
@@ -111,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("places", nargs="*", help="run directories, or folders of runs (default: runs)")
 
     _run_verbs(verbs)
+    parser.verbs = verbs.choices
     return parser
 
 
@@ -133,6 +159,7 @@ def _run_verbs(verbs: Any) -> None:
         verb.add_argument("directory", help="the run directory")
         if name == "compare":
             verb.add_argument("prompts", nargs="+", help="what to ask")
+            verb.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens (default: the recipe's answer_tokens)")
         if name == "sample":
             verb.add_argument("prompts", nargs="*", help="what to ask (default: the recipe's sample_prompts)")
         if name == "learning-rate":
@@ -144,7 +171,7 @@ def _run_verbs(verbs: Any) -> None:
         if name == "resume":
             verb.add_argument("--detach", action="store_true", help="return at once")
             verb.add_argument("--accept", nargs="+", default=[], metavar="NAME", help="go on although this changed: recipe, data, held_out, model, versions")
-            _recipe_flags(verb, leave_out=NOT_ON_THE_WAY, goes_on=True)
+            _recipe_flags(verb, leave_out=set(), goes_on=True)
 
 
 def _verb(verbs: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
@@ -179,7 +206,8 @@ def _recipe_flags(parser: argparse.ArgumentParser, leave_out: set[str], chosen: 
             continue
         hint, flag = hints[field.name], "--" + field.name.replace("_", "-")
         default = "" if goes_on else f" (default: {chosen.get(field.name) or _default_words(field.default)})"
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f"recipe_{field.name}", "help": _help(field.name) + default}
+        shown = argparse.SUPPRESS if goes_on and field.name not in MAY_CHANGE else _help(field.name) + default  # the run refuses those, and says why
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f"recipe_{field.name}", "help": shown}
         if hint is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(hint) is tuple:
@@ -436,7 +464,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    comparison = _open(options).compare(options.prompts)
+    comparison = _open(options).compare(options.prompts, options.max_new_tokens)
     _show(options, comparison.to_dict(), comparison)
 
 

@@ -59,6 +59,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         draft.unlink(missing_ok=True)
 
 
+def reason(error: Exception) -> str:
+    """Why a path could not be used, as the system says it; in Python's words where the system was not asked (a NUL in a name)."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def sync(path: Path) -> None:
     """Brings a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -68,6 +68,8 @@ BAD = [
     (["plan", "x" * 300], "ModelNotFound", "File name too long"),
     (["stop", "occupied"], "RunNotFound", "not a run"),
     (["compare", "occupied", "hi"], "RunNotFound", "not a run"),
+    (["compare", "run", "hi", "--max-new-tokens", "0"], "RunError", "max_new_tokens is 0"),
+    (["resume", "run", "--max-steps", "9"], "RecipeError", "max_steps (None in this run, 9 asked) cannot change on the way"),
 ]
 
 
@@ -96,6 +98,18 @@ def test_a_full_disk_is_refused_before_anything_is_written(small_recipe, tmp_pat
     with pytest.raises(DiskFull, match="0 B are free"):
         sl.train(recipe, tmp_path / "run", panel=False)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_verb_that_does_not_exist_is_answered_with_the_nearest(tmp_path):
+    for word, said in (
+        ("tarin", "did you mean train?"),
+        ("fly", "sparklab --help lists the verbs"),
+        ("merge", "merge_and_unload"),
+        ("export", "merge_and_unload"),
+    ):
+        result = run_cli(word, "run", cwd=tmp_path)
+        assert result.returncode == 2 and f"there is no verb '{word}'; " in result.stderr and said in result.stderr
+        assert len(result.stderr.splitlines()) == 2
 
 
 def test_usage_errors_are_argparses(tmp_path):

@@ -23,6 +23,7 @@ from sparklab.data.rows import Row
 from sparklab.data.split import refuse_undivided
 from sparklab.data.strict import BOM, LINE_LIMIT
 from sparklab.errors import DataError, DataNotFound
+from sparklab.files import reason
 
 TEXT_SUFFIXES: Final = (".txt", ".md", ".text", ".rst")
 DATA_SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -72,7 +73,7 @@ class Source:
         try:
             yield from self._make_rows()
         except OSError as error:
-            raise DataError(f"{self.name} cannot be read: {error.strerror or error}", "check the file's permissions and the disk") from error
+            raise DataError(f"{self.name} cannot be read: {reason(error)}", "check the file's permissions and the disk") from error
 
     @cached_property
     def fingerprint(self) -> str:
@@ -176,7 +177,7 @@ def _open_path(path: Path, name: str, split: str) -> Source:
     try:
         head = _head(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}", "check the file's permissions and the disk") from error
+        raise DataError(f"{path} cannot be read: {reason(error)}", "check the file's permissions and the disk") from error
     kind, shown = _kind_of(path, head), str(path)
     if split and kind != "json":
         raise DataError(f"{path} is {kind} and has no splits, but {name} asks for {excerpt(split)}", f"give {path} alone")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sparklab.errors import ModelError, ModelNotFound
+from sparklab.files import reason
 
 TINY_PATH: Final = Path(__file__).resolve().parent / "tiny"
 _FORMS: Final = "give a directory with config.json, a config.json, a hub name (owner/name) or 'tiny', the bundled model"
@@ -22,7 +23,7 @@ def load_config(source: str) -> Any:
     try:
         is_dir = path.is_dir()
     except (OSError, ValueError) as error:  # a name that no file can have
-        raise ModelNotFound(f"No model at {source[:300]!r}: {getattr(error, 'strerror', None) or error}", _FORMS) from None
+        raise ModelNotFound(f"No model at {source[:300]!r}: {reason(error)}", _FORMS) from None
     if is_dir:
         path = path / "config.json"
         if not path.is_file():

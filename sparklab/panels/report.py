@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sparklab.errors import RunError, SparklabError
+from sparklab.files import reason
 from sparklab.panels import facts, twin
 from sparklab.panels.parts import FAINT, LINE, NUMBERS, escape, fold
 from sparklab.panels.watch import Watch
@@ -64,7 +65,7 @@ def write_report(directory: RunDirectory, path: str | os.PathLike[str] | None = 
                 os.unlink(draft)
             raise
     except OSError as error:
-        raise RunError(f"{target} cannot be written: {error.strerror or error}", "choose another place: sparklab report RUN --out FILE") from error
+        raise RunError(f"{target} cannot be written: {reason(error)}", "choose another place: sparklab report RUN --out FILE") from error
     return target
 
 

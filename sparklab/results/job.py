@@ -9,9 +9,11 @@ import sys
 from typing import Any
 
 from sparklab.errors import RunError
+from sparklab.run import inputs
 from sparklab.run.directory import RunDirectory
 from sparklab.run.launch import worker_environment
 from sparklab.run.process import answer_process, ask_process
+from sparklab.text import one_line
 
 
 def ask(directory: RunDirectory, question: str, **details: Any) -> dict[str, Any]:
@@ -21,6 +23,8 @@ def ask(directory: RunDirectory, question: str, **details: Any) -> dict[str, Any
     """
     if not (directory.result_path / "manifest.json").is_file():
         raise RunError(f"{directory.path} has no result yet", "wait for the run to finish, or resume it")
+    if question == "evaluate" and (gone := inputs.missing(directory.recipe)):
+        raise RunError(f"{directory.path} was trained on {' and '.join(map(one_line, gone))}, which is not there any more", inputs.put_back(gone))
     request = {"directory": str(directory.path.resolve()), "question": question, **details}
     again = "run it again; if it stays, the model does not fit"
     answer = ask_process("sparklab.results.job", request, worker_environment(directory.recipe), question, again)

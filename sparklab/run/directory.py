@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from sparklab.errors import RunError, RunExists, RunNotFound
-from sparklab.files import open_plain, read_json, write_json
+from sparklab.files import open_plain, read_json, reason, write_json
 from sparklab.planner.recipe import Recipe
 from sparklab.run.events import EventReader
 from sparklab.run.guard import left_behind
@@ -158,7 +158,7 @@ class RunDirectory:
         except OSError as error:
             if error.errno == DISK_FULL:
                 raise
-            raise RunError(f"{self.path} cannot be locked: {error.strerror}", "a run needs a directory that may be written to") from error
+            raise RunError(f"{self.path} cannot be locked: {reason(error)}", "a run needs a directory that may be written to") from error
 
     @property
     def is_alive(self) -> bool:
@@ -233,7 +233,7 @@ def is_run(path: Path) -> bool:
     try:
         return (path / "recipe.json").is_file()
     except (OSError, ValueError) as error:
-        raise RunNotFound(f"{clean(path, 300)} cannot be opened: {getattr(error, 'strerror', None) or error}", "name a run directory") from None
+        raise RunNotFound(f"{clean(path, 300)} cannot be opened: {reason(error)}", "name a run directory") from None
 
 
 class RunFollower:

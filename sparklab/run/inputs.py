@@ -11,13 +11,13 @@ import importlib.metadata
 import os
 import platform
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from sparklab.data.read import open_source
 from sparklab.errors import RecipeError, RunChanged, RunError, SparklabError
-from sparklab.files import write_json
+from sparklab.files import reason, write_json
 from sparklab.model.hub import TINY_PATH
 from sparklab.planner.recipe import Recipe
 from sparklab.run.directory import RunDirectory
@@ -100,13 +100,13 @@ def check(directory: RunDirectory, accept: Collection[str] = ()) -> dict[str, st
         raise RunError(f"there is nothing called {', '.join(map(repr, unknown))} to accept", f"use some of {', '.join(NAMES)}")
     found = changes(directory)
     named = {"data": directory.recipe.data, "held_out": directory.recipe.held_out}
-    gone = [data for name, data in named.items() if name in found and isinstance(data, str) and os.path.isabs(data) and not _is_there(data)]
+    gone = missing(directory.recipe)
     refused = [name for name in found if name not in accept or named.get(name) in gone]  # what is not there cannot be accepted
     if refused:
         listed = "".join(f"\n  - {name}: {how}" for name, how in found.items() if name in refused)
         names = ", ".join(f'"{name}"' for name in found)
         if gone:
-            fix = f"put {' and '.join(gone)} back where it was, or a link to where it is now"
+            fix = put_back(gone)
         else:
             fix = f"put it back as it was; or go on with it: run.resume(accept=({names},)), sparklab resume {directory.path} --accept {' '.join(found)}"
         error = RunChanged(f"{directory.path} was started with something else than what lies there now:{listed}", fix)
@@ -120,6 +120,16 @@ def check(directory: RunDirectory, accept: Collection[str] = ()) -> dict[str, st
     return found
 
 
+def missing(recipe: Recipe) -> list[str]:
+    """Files and directories of records that the recipe names and that are not there."""
+    return [data for data in (recipe.data, recipe.held_out) if isinstance(data, str) and os.path.isabs(data) and not _is_there(data)]
+
+
+def put_back(gone: Sequence[str]) -> str:
+    """What mends that."""
+    return f"put {' and '.join(gone)} back where it was, or a link to where it is now"
+
+
 def _is_there(data: str) -> bool:
     """Whether the file or directory is, whose name may say a split behind a ``#``."""
     return os.path.exists(data) or os.path.exists(data.rpartition("#")[0])
@@ -130,9 +140,13 @@ def change_recipe(directory: RunDirectory, changes: dict[str, Any]) -> None:
     recipe = directory.recipe.replace(**changes)
     fixed = sorted(set(changes) - MAY_CHANGE)
     if fixed:
+        was = directory.recipe
+        each = ", ".join(f"{name} ({one_line(getattr(was, name), 60)} in this run, {one_line(changes[name], 60)} asked)" for name in fixed)
+        anew = ", ".join(f"{name}={one_line(repr(changes[name]), 60)}" for name in fixed)
         raise RecipeError(
-            f"{', '.join(fixed)} cannot change on the way: weights, optimizer or rows would no longer be those of the checkpoint",
-            f"start a new run with it; a resume may change {', '.join(sorted(MAY_CHANGE))}",
+            f"{each} cannot change on the way: weights, optimizer, schedule or rows would no longer be those of the checkpoint",
+            f"start a new run with it: sl.train(sl.Run.open({str(directory.path)!r}).recipe.replace({anew})), or sparklab train; "
+            f"a resume may change {', '.join(sorted(MAY_CHANGE))}",
         )
     recipe_change = changes_of_recipe(directory)
     if recipe_change:
@@ -183,7 +197,7 @@ def _data_change(was: Any, data: str, form: str) -> str:
             return "" if open_source(data, form).fingerprint == was["fingerprint"] else f"{data} holds something else"
         return _file_change(was, data)
     except OSError as error:
-        return f"{data} cannot be read: {error.strerror or error}"
+        return f"{data} cannot be read: {reason(error)}"
     except SparklabError as error:
         return error.fact
 
@@ -204,7 +218,7 @@ def _model_change(was: Any, model: str) -> str:
     try:
         now = model_manifest(model)["files"]
     except OSError as error:
-        return f"{model} cannot be read: {error.strerror or error}"
+        return f"{model} cannot be read: {reason(error)}"
     if not now:
         return f"{model} is not here: fetch it, or point at its directory" if was["files"] else ""
     differing = sorted(name for name in {*now, *was["files"]} if now.get(name) != was["files"].get(name))

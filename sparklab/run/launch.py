@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparklab.errors import DiskFull, RunError, RunFailed
+from sparklab.files import reason
 from sparklab.model.source import check_trainable
 from sparklab.planner.recipe import Recipe
 from sparklab.run import inputs, lock
@@ -163,7 +164,7 @@ def check_writable(path: Path) -> None:
     try:
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     except (OSError, ValueError) as error:  # a name that no file can have
-        raise RunError(f"{one_line(path)} cannot be a directory: {getattr(error, 'strerror', None) or error}", "choose another name for the run") from None
+        raise RunError(f"{one_line(path)} cannot be a directory: {reason(error)}", "choose another name for the run") from None
     if existing != path and not existing.is_dir():
         raise RunError(f"{existing} is a file, and the run is to lie in it ({path})", "choose another directory for the run")
     if existing.is_dir() and not os.access(existing, os.W_OK):

@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,16 @@ def test_a_process_that_was_ended_is_not_one_that_failed(tmp_path):
         ask_process("failed", {}, environment, "compare", "free memory")
     with pytest.raises(RunFailed, match=r"exit status -9[\s\S]*free memory"):
         ask_process("killed", {}, environment, "compare", "free memory")
+
+
+def test_data_that_has_moved_is_named_with_where_it_was(small_recipe, tmp_path):
+    run = sl.train(small_recipe(), tmp_path / "run", inline=True, panel=False)
+    moved = Path(run.recipe.data).rename(tmp_path / "elsewhere.jsonl")
+    with pytest.raises(RunError, match=f"was trained on {run.recipe.data}, which is not there any more") as caught:
+        run.evaluate()
+    assert caught.value.fix == f"put {run.recipe.data} back where it was, or a link to where it is now"
+    Path(run.recipe.data).symlink_to(moved)
+    assert run.evaluate(n=1).to_dict()["tuned"]["n"] == 1
 
 
 def test_no_result_yet(small_recipe, tmp_path):
