@@ -51,7 +51,7 @@ class RunTable(Watcher, Sequence[R], Generic[R]):
     ::
 
         table = sl.runs("runs")
-        table.best              # the run with the lowest held-out loss
+        table.best              # the run with the lowest held-out loss, where all were measured on the same data
     """
 
     kind = "runs"
@@ -72,9 +72,13 @@ class RunTable(Watcher, Sequence[R], Generic[R]):
 
     @property
     def best(self) -> R | None:
-        """The run with the lowest held-out loss; None where none was measured."""
-        scored = [(best["loss"], index) for index, entry in enumerate(self.entries()) if (best := entry.state.best_eval)]
-        return self[min(scored)[1]] if scored else None
+        """The run with the lowest held-out loss; None where none was measured, or not all on the same data: such losses cannot be compared."""
+        entries = self.entries()
+        groups = runs_view.comparable(entries)
+        if len(groups) != 1:
+            return None
+        losses = {index: best["loss"] for index in groups[0] if (best := entries[index].state.best_eval)}
+        return self[min(losses, key=losses.__getitem__)]
 
     def to_dict(self) -> dict[str, Any]:
         """``{"runs": [...], "differing": [...]}``: figures of each run, and the recipe's fields in which they differ."""

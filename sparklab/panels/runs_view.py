@@ -63,6 +63,37 @@ class Entry:
         return facts.title(self.directory)[0]
 
 
+_MEASURED_WITH: Final = ("format", "template", "learn", "overrule", "on_bad", "on_long", "max_length")
+"""Fields that decide which tokens of the held-out records count."""
+
+
+def measured_on(entry: Entry) -> tuple[Any, ...] | None:
+    """What a run's held-out loss was measured on, by content where the run wrote it down: only losses on the same can be compared. None: unknown."""
+    recipe = entry.recipe
+    if recipe is None:
+        return None
+    try:
+        start = entry.directory.read_json("environment")
+    except SparklabError:
+        start = {}
+    own = isinstance(recipe.held_out, str)
+    held, model = start.get("held_out" if own else "data"), start.get("model")
+    content = next((held[name] for name in ("sha256", "fingerprint") if held.get(name)), None) if isinstance(held, dict) else None
+    share = () if own else (recipe.held_out, recipe.seed)
+    files = model.get("files") if isinstance(model, dict) else None
+    words = files.get("tokenizer.json") if isinstance(files, dict) else None
+    return repr(content or (recipe.held_out if own else recipe.data)), *share, repr(words), *(getattr(recipe, name) for name in _MEASURED_WITH)
+
+
+def comparable(entries: Sequence[Entry]) -> list[list[int]]:
+    """Which of the entries have held-out losses that can be compared with each other: indices, in groups."""
+    groups: dict[Any, list[int]] = {}
+    for index, entry in enumerate(entries):
+        if entry.state.best_eval is not None:
+            groups.setdefault(measured_on(entry) or index, []).append(index)
+    return list(groups.values())
+
+
 def recipe_of(directory: RunDirectory) -> Recipe | None:
     """The run's recipe; None where it is damaged or another version's."""
     try:
@@ -116,11 +147,15 @@ _COLUMNS: Final = (
 """(figure, heading, how it is written); a column that no run has a figure for is left out."""
 
 
+APART: Final = "held-out losses on different data: the best is marked only among runs with the same"
+
+
 def table(entries: Sequence[Entry]) -> dict[str, Any]:
     """Headings and rows of cleaned text; the best held-out loss is marked. ``differing`` fields stand as words with each run."""
     found = [figures(entry) for entry in entries]
     columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in found)]
-    losses = [row["best_held_out_loss"] for row in found if row["best_held_out_loss"] is not None]
+    groups = comparable(entries)
+    best = {min(group, key=lambda index: found[index]["best_held_out_loss"]) for group in groups if len(group) > 1}
     names = differing(entries)
     rows = []
     for index, (entry, row) in enumerate(zip(entries, found, strict=True)):
@@ -133,10 +168,11 @@ def table(entries: Sequence[Entry]) -> dict[str, Any]:
             "step": head["step"],
             "settings": [f"{name} {one_line(getattr(entry.recipe, name), 60)}" for name in names] if entry.recipe is not None else [],
             "cells": [parts.one_line("–" if row[key] is None else show(row[key])) for key, _, show in columns],
-            "best": len(losses) > 1 and row["best_held_out_loss"] == min(losses),
+            "best": index in best,
             "colour": COLOURS[index] if index < MOST_DRAWN else "",
         })  # fmt: skip
-    return {"headings": [heading for _, heading, _ in columns], "rows": rows, "by_tokens": by_tokens(entries)}
+    note = APART if len(groups) > 1 else ""
+    return {"headings": [heading for _, heading, _ in columns], "rows": rows, "by_tokens": by_tokens(entries), "note": note}
 
 
 def points(entry: Entry, tokens: bool) -> tuple[list[float], list[float], list[tuple[float, float]]]:
@@ -160,15 +196,16 @@ def view(entries: Sequence[Entry]) -> tuple[dict[str, Any], bytes]:
         curves.append({"count": len(xs), "evals": [list(point) for point in evals]})
     if sys.byteorder == "big":
         numbers.byteswap()
-    return {**seen, "title": _title(entries), "about": _about(entries), "curves": curves}, numbers.tobytes()
+    return {**seen, "title": _title(entries), "about": _about(entries, seen["note"]), "curves": curves}, numbers.tobytes()
 
 
 def _title(entries: Sequence[Entry]) -> str:
     return f"{len(entries)} run{'s' * (len(entries) != 1)}"
 
 
-def _about(entries: Sequence[Entry]) -> str:
-    return "smoothed training loss, dots held-out" + (f"; curves of the first {MOST_DRAWN}" if len(entries) > MOST_DRAWN else "")
+def _about(entries: Sequence[Entry], note: str) -> str:
+    more = f"; curves of the first {MOST_DRAWN}" if len(entries) > MOST_DRAWN else ""
+    return f"smoothed training loss, dots held-out{more}" + (f"; {note}" if note else "")
 
 
 def twin_html(entries: Sequence[Entry], home: str = "") -> str:
@@ -178,10 +215,7 @@ def twin_html(entries: Sequence[Entry], home: str = "") -> str:
         return frame(f'No runs here. <span style="{small}">sl.train(recipe, "runs/1")</span>', home)
     seen = table(entries)
     body = _curves_html(entries[:MOST_DRAWN], seen["by_tokens"]) + _table_html(seen)
-    more = f"; curves of the first {MOST_DRAWN}" if len(entries) > MOST_DRAWN else ""
-    head = (
-        f'<b style="font-size:15px">{len(entries)} run{"s" * (len(entries) > 1)}</b> <span style="{small}">smoothed training loss, dots held-out{more}</span>'
-    )
+    head = f'<b style="font-size:15px">{_title(entries)}</b> <span style="{small}">{_about(entries, seen["note"])}</span>'
     return frame(head + body, home)
 
 
@@ -234,4 +268,4 @@ def text(entries: Sequence[Entry]) -> str:
         shown.append("  ".join(cells).rstrip() + ("  best" if best else ""))
         if index and seen["rows"][index - 1]["settings"]:
             shown.append("  " + ", ".join(seen["rows"][index - 1]["settings"]))
-    return "\n".join(shown)
+    return "\n".join([*shown, *([seen["note"]] if seen["note"] else [])])

@@ -92,6 +92,35 @@ def test_more_runs_than_colours(tmp_path):
     assert f"{runs_view.MOST_DRAWN + 2} runs" in content and f"curves of the first {runs_view.MOST_DRAWN}" in content
 
 
+def test_losses_on_different_held_out_data_are_not_compared(folder):
+    """By content where the run wrote it down: another file, seed or share of it is another question; a copy of the file is the same."""
+    before = {run.path: run.recipe.to_dict() for run in sl.runs(folder)}
+
+    def held(index, **changes):
+        path = list(before)[index]
+        (path / "environment.json").write_text(json.dumps({"data": {"path": "x", "sha256": changes.pop("sha256", "aa")}}))
+        (path / "recipe.json").write_text(json.dumps({**before[path], **changes}))
+
+    def best():
+        found = sl.runs(folder)
+        told = (found.best, [row["best"] for row in runs_view.table(found.entries())["rows"]])
+        said = [runs_view.APART in words for words in (str(found), found._repr_html_(), runs_view.view(found.entries())[0]["about"])]
+        assert len(set(said)) == 1
+        return (told[0] and told[0].path.name, told[1], said[0])
+
+    for index in range(3):
+        held(index, data=f"copy-{index}.jsonl")
+    assert best() == ("b", [False, True, False], False)
+    for changes in ({"sha256": "bb"}, {"seed": 1}, {"held_out": 0.3}, {"max_length": 64}):
+        held(1, **changes)
+        assert best() == (None, [False, False, True], True), changes
+        held(1)
+        assert best()[0] == "b"
+    for index in range(3):
+        held(index, sha256=str(index))
+    assert best() == (None, [False] * 3, True)
+
+
 def test_a_damaged_run_is_still_listed(tmp_path):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "recipe.json").write_text('{"model": 3, "colour": "blue"}')
