@@ -177,10 +177,14 @@ class RunDirectory:
         if command not in COMMANDS:
             raise RunError(f"there is no command {command!r}", f"use one of {', '.join(COMMANDS)}")
         folder = self.path / "commands"
-        # Later than all that wait, also where the clock went back in between.
-        waiting = [int(match[0]) for name in os.listdir(folder) if (match := re.match(r"\d{1,20}(?=-)", name))]
-        name = f"{max([time.time_ns(), *(number + 1 for number in waiting)])}-{command}"
-        write_json(folder / f"{name}.json", {"command": command, **details})
+        try:
+            # Later than all that wait, also where the clock went back in between.
+            waiting = [int(match[0]) for name in os.listdir(folder) if (match := re.match(r"\d{1,20}(?=-)", name))]
+            name = f"{max([time.time_ns(), *(number + 1 for number in waiting)])}-{command}"
+            write_json(folder / f"{name}.json", {"command": command, **details})
+        except OSError as error:
+            fact = f"the command {command!r} cannot be left in {folder}: {reason(error)}"
+            raise RunError(fact, "look whose the folder is, whether it may be written to, and whether its disk is full") from error
         return name
 
     def take_commands(self, wanted: Callable[[dict[str, Any]], bool] | None = None) -> list[tuple[str, dict[str, Any]]]:

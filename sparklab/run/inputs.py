@@ -148,11 +148,11 @@ def change_recipe(directory: RunDirectory, changes: dict[str, Any]) -> None:
             f"start a new run with it: sl.train(sl.Run.open({str(directory.path)!r}).recipe.replace({anew})), or sparklab train; "
             f"a resume may change {', '.join(sorted(MAY_CHANGE))}",
         )
-    recipe_change = changes_of_recipe(directory)
-    if recipe_change:
-        raise RunChanged(f"{directory.path}: recipe.json was changed already: {recipe_change}", "resume it with accept=('recipe',) first, or put it back")
     held = directory.lock()
-    try:
+    try:  # with the lock, so that of two who come at once one is refused
+        recipe_change = changes_of_recipe(directory)
+        if recipe_change:
+            raise RunChanged(f"{directory.path}: recipe.json was changed already: {recipe_change}", "resume it with accept=('recipe',) first, or put it back")
         write_json(directory.path / "recipe.json", recipe.to_dict())
     finally:
         release(held)

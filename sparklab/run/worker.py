@@ -26,6 +26,7 @@ from typing import Any
 
 from sparklab.box import Box
 from sparklab.errors import DiskFull, OutOfMemory, RunError, SparklabError
+from sparklab.files import reason
 from sparklab.run import guard, inputs, lock
 from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventWriter
@@ -35,6 +36,7 @@ FAILED = 2  # exit status of a run that ended with an error of ours
 CRASHED = 1
 RESERVE_BYTES = 64 * KIB
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,16 +80,28 @@ def advance(directory: RunDirectory, detached: bool = False) -> int:
             _last_word(events, reserve, type(error).__name__, error.fact, error.fix, **(error.details if isinstance(error, OutOfMemory) else {}))
             return FAILED
         except Exception as error:
-            if not is_disk_full(error):
+            refused = _not_written(error, directory)
+            if refused is None:
                 _crash(events, reserve, error)
                 raise
-            full = DiskFull(f"the disk is full: {error}", "free some space, then resume the run; its last checkpoint is good")
-            _last_word(events, reserve, "DiskFull", full.fact, full.fix)
+            _last_word(events, reserve, type(refused).__name__, refused.fact, refused.fix)
             return FAILED
         except BaseException as error:
             _crash(events, reserve, error)
             raise
     return 0
+
+
+def _not_written(error: Exception, directory: RunDirectory) -> RunError | None:
+    """What the user can mend where a write failed: a full disk, or a run directory that may no longer be written to. None: something else."""
+    if is_disk_full(error):
+        return DiskFull(f"the disk is full: {error}", "free some space, then resume the run; its last checkpoint is good")
+    if not isinstance(error, OSError) or error.errno not in _FORBIDDEN or not isinstance(error.filename, str):
+        return None
+    if directory.path.absolute() not in Path(error.filename).absolute().parents:
+        return None
+    fix = f"make {directory.path} writable again, then resume the run; its last checkpoint is good"
+    return RunError(f"{error.filename} cannot be written: {reason(error)}", fix)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import pytest
 from support import stop_after
 
 import sparklab as sl
-from sparklab.errors import RunBusy, RunError
+from sparklab.errors import RunBusy, RunChanged, RunError
 from sparklab.run import events as diary
-from sparklab.run import worker
+from sparklab.run import inputs, lock, worker
 from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventReader, EventWriter, story
 from sparklab.units import KIB
@@ -30,6 +31,13 @@ NOBODY = 65534
 def events(run, kind=None):
     found = [json.loads(line) for line in run.directory.events_path.read_text().splitlines()]
     return [event for event in found if kind is None or event["event"] == kind]
+
+
+def wait_for(condition, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen"
+        time.sleep(0.05)
 
 
 def losses(run):
@@ -188,6 +196,49 @@ def test_a_read_only_directory_is_watched_and_refuses_work(whole, tmp_path, monk
     assert run.resume(inline=True, panel=False).status == "finished" and losses(run) == losses(whole)
 
 
+def test_permission_taken_away_on_the_way_is_said_and_costs_no_update(whole, tmp_path, monkeypatch):
+    """The run directory turns read-only between two checkpoints, as on a disk whose file system is mounted anew after an error."""
+    rename = os.rename
+
+    def once(source, target):
+        if "step-000004" in str(target):
+            raise OSError(errno.EROFS, "Read-only file system", str(source), None, str(target))
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", once)
+        run = sl.train(whole.recipe, tmp_path / "run", inline=True, panel=False)
+    assert run.status == "failed" and events(run, "failed")[-1]["error"] == "RunError"
+    assert re.search(r"cannot be written: Read-only file system", run.state.reason)
+    assert run.state.fix == f"make {run.path} writable again, then resume the run; its last checkpoint is good"
+    assert run.resume(inline=True, panel=False).status == "finished" and losses(run) == losses(whole)
+
+
+def test_what_is_denied_elsewhere_is_not_blamed_on_the_run_directory(tmp_path):
+    directory = RunDirectory.create(tmp_path / "run", sl.Recipe(model="tiny", data="x"), {}, {})
+    for number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        assert worker._not_written(OSError(number, "x", str(directory.path / "checkpoints" / "a")), directory) is not None
+        assert worker._not_written(OSError(number, "x", str(tmp_path / "runs" / "a")), directory) is None
+    assert worker._not_written(OSError(errno.EIO, "x", str(directory.path / "a")), directory) is None
+
+
+def test_a_command_that_cannot_be_left_is_said(tmp_path):
+    """Somebody else's run: it can be watched, and asked nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        directory = RunDirectory.create(Path(folder) / "run", sl.Recipe(model="tiny", data="x"), {}, {})
+        held = directory.lock()
+        for path in (directory.path, directory.path / "commands"):
+            path.chmod(0o555)
+        try:
+            with _without_privileges(), pytest.raises(RunError, match=r"the command 'stop' cannot be left in .*commands: Permission denied"):
+                sl.Run(directory).stop()
+        finally:
+            lock.release(held)
+            for path in (directory.path, directory.path / "commands"):
+                path.chmod(0o755)
+
+
 # files that changed in between
 
 
@@ -294,6 +345,65 @@ def test_two_workers_on_one_directory(quick_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(Reporter, "_obey", second_comes)
     run = sl.train(quick_recipe(), tmp_path / "run", inline=True, panel=False)
     assert len(refused) == 1 and run.status == "finished" and len(events(run, "started")) == 1
+
+
+RESUME = """
+import json, sys, time
+from pathlib import Path
+import sparklab as sl
+from sparklab.errors import SparklabError
+run, go, changes = sl.Run.open(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+Path(sys.argv[2] + ".ready" + sys.argv[4]).touch()
+while not go.exists():
+    time.sleep(0.001)
+try:
+    run.resume(panel=False, **changes)
+except SparklabError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+else:
+    print(json.dumps(["won", ""]))
+"""
+
+
+@pytest.mark.parametrize("changes", [({}, {}), ({"keep_checkpoints": 3}, {"keep_checkpoints": 4})], ids=["as it was", "changed"])
+def test_of_two_who_resume_at_once_one_wins(whole, tmp_path, monkeypatch, changes):
+    """The other is told why, the diary tells of one worker, and what it trains with is what the winner asked for."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        run = sl.train(whole.recipe, tmp_path / "run", inline=True, panel=False)
+    go = tmp_path / "go"
+    asked = [
+        subprocess.Popen([sys.executable, "-c", RESUME, run.path, go, json.dumps(change), str(index)], stdout=subprocess.PIPE)
+        for index, change in enumerate(changes)
+    ]
+    wait_for(lambda: all((tmp_path / f"go.ready{index}").exists() for index in range(2)))
+    go.touch()
+    told = [json.loads(process.communicate()[0]) for process in asked]
+    wait_for(lambda: run.status == "finished" and not run.directory.is_alive)
+    (winner,) = [index for index, (word, _) in enumerate(told) if word == "won"]
+    word, why = told[1 - winner]
+    assert (word == "RunBusy" and "a worker is at work on" in why) or (word == "RunChanged" and "changed already" in why and changes[0]), told
+    assert len(events(run, "started")) == 2 and losses(run) == losses(whole)
+    assert run.recipe == whole.recipe.replace(**changes[winner])
+
+
+def test_of_two_who_change_the_recipe_at_once_one_is_refused(tmp_path, monkeypatch):
+    recipe = sl.Recipe(model="tiny", data="x")
+    directory = RunDirectory.create(tmp_path / "run", recipe, {}, {"recipe": recipe.to_dict()})
+    look = inputs.changes_of_recipe
+
+    def second_comes(directory):
+        found = look(directory)
+        monkeypatch.setattr(inputs, "changes_of_recipe", look)
+        with pytest.raises(RunBusy):
+            inputs.change_recipe(directory, {"keep_checkpoints": 4})
+        return found
+
+    monkeypatch.setattr(inputs, "changes_of_recipe", second_comes)
+    inputs.change_recipe(directory, {"keep_checkpoints": 3})
+    assert directory.recipe.keep_checkpoints == 3
+    with pytest.raises(RunChanged, match="changed already"):
+        inputs.change_recipe(directory, {"keep_checkpoints": 4})
 
 
 def test_a_worker_that_cannot_start_says_so_with_the_end_of_its_log(quick_recipe, tmp_path, monkeypatch):
