@@ -238,7 +238,8 @@ class Run:
 
     def _ask(self, command: str, **details: Any) -> None:
         if not self.directory.is_alive:
-            raise RunError(f"no worker is at work on {self.path} (it is {self.status})", "resume it first, or start a new run")
+            status = self.status
+            raise RunError(f"no worker is at work on {self.path} (it is {status})", "start a new run" if status == "finished" else "resume it first")
         self.directory.send(command, **details)
 
     def resume(self, *, accept: Sequence[str] = (), inline: bool = False, panel: bool = True, **changes: Any) -> Run:

@@ -63,7 +63,7 @@ class Entry:
         return facts.title(self.directory)[0]
 
 
-_MEASURED_WITH: Final = ("format", "template", "learn", "overrule", "on_bad", "on_long", "max_length")
+_MEASURED_WITH: Final = ("format", "template", "learn", "overrule", "on_bad", "on_long")
 """Fields that decide which tokens of the held-out records count."""
 
 
@@ -82,7 +82,10 @@ def measured_on(entry: Entry) -> tuple[Any, ...] | None:
     share = () if own else (recipe.held_out, recipe.seed)
     files = model.get("files") if isinstance(model, dict) else None
     words = files.get("tokenizer.json") if isinstance(files, dict) else None
-    return repr(content or (recipe.held_out if own else recipe.data)), *share, repr(words), *(getattr(recipe, name) for name in _MEASURED_WITH)
+    counted = (entry.state.best_eval or {}).get("tokens", NA)
+    # Equal in number, the tokens are the same ones, wherever rows were cut; but a document in pieces has lost what stood before each.
+    cut = recipe.max_length if is_na(counted) or recipe.on_long == "split" else counted
+    return repr(content or (recipe.held_out if own else recipe.data)), *share, repr(words), cut, *(getattr(recipe, name) for name in _MEASURED_WITH)
 
 
 def comparable(entries: Sequence[Entry]) -> list[list[int]]:

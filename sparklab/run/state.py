@@ -268,7 +268,7 @@ class RunState:
                 ("seconds", self.step_seconds), ("wait_seconds", self.step_waits))  # fmt: skip
 
     def _on_eval(self, event: Event) -> None:
-        self.evals.append({key: _number(event.get(key)) for key in ("step", "loss", "exact_match", "n")})
+        self.evals.append({key: _number(event.get(key)) for key in ("step", "loss", "exact_match", "n", "tokens")})
         if len(self.evals) > KEPT_EVALS:
             best, last = self.best_eval, self.evals[-1]
             self.evals = [entry for index, entry in enumerate(self.evals) if index % 2 == 0 or entry is best or entry is last]

@@ -116,6 +116,20 @@ def test_losses_on_different_held_out_data_are_not_compared(folder):
         assert best() == (None, [False, False, True], True), changes
         held(1)
         assert best()[0] == "b"
+
+    def measured(index, loss, tokens):
+        with open(list(before)[index] / "events.jsonl", "a") as file:
+            file.write(json.dumps({"event": "eval", "step": 41, "loss": loss, "tokens": tokens}) + "\n")
+
+    for index in range(3):
+        measured(index, 0.1 * (3 - index), 18)
+    held(1, max_length=64)  # no matter, where it cut nothing that counts
+    assert best() == (ARABIC, [False, False, True], False)
+    held(1, max_length=64, on_long="split")
+    assert best() == (None, [False, False, True], True)
+    held(1)
+    measured(2, 0.05, 17)
+    assert best() == (None, [False, True, False], True)
     for index in range(3):
         held(index, sha256=str(index))
     assert best() == (None, [False] * 3, True)
