@@ -22,6 +22,8 @@ def ask(directory: RunDirectory, question: str, **details: Any) -> dict[str, Any
     ``question`` is ``"compare"`` (prompts, max_new_tokens) or ``"evaluate"`` (n).
     """
     if not (directory.result_path / "manifest.json").is_file():
+        if directory.state.status == "finished":
+            raise RunError(f"{directory.path} is finished, and its result is gone from {directory.result_path}", "put it back, or train anew")
         raise RunError(f"{directory.path} has no result yet", "wait for the run to finish, or resume it")
     if question == "evaluate" and (gone := inputs.missing(directory.recipe)):
         raise RunError(f"{directory.path} was trained on {' and '.join(map(one_line, gone))}, which is not there any more", inputs.put_back(gone))

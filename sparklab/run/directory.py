@@ -57,11 +57,10 @@ class RunDirectory:
         self.path = Path(path)
         if not is_run(self.path):
             what = "is not a run directory (no recipe.json)" if self.path.exists() else "does not exist"
-            near = sorted(entry.parent.name for entry in self.path.parent.glob("*/recipe.json"))[:5] if self.path.parent.is_dir() else []
-            raise RunNotFound(
-                f"{self.path} {what}",
-                f"runs beside it: {', '.join(near)}" if near else "start one with sparklab train MODEL DATA --run PATH, sl.train(recipe, path)",
-            )
+            for where, folder in (("in", self.path), ("beside", self.path.parent)):
+                if near := sorted(entry.parent.name for entry in folder.glob("*/recipe.json"))[:5] if folder.is_dir() else []:
+                    raise RunNotFound(f"{self.path} {what}", f"runs {where} it: {', '.join(near)}")
+            raise RunNotFound(f"{self.path} {what}", "start one with sparklab train MODEL DATA --run PATH, sl.train(recipe, path)")
         links = [name for name in NAMES if (self.path / name).is_symlink()]
         if links:
             raise RunError(

@@ -11,6 +11,7 @@ from sparklab.engine.answer import exact_match
 from sparklab.errors import RecipeError, RunError, RunFailed
 from sparklab.panels.tables import Evaluation
 from sparklab.run.directory import RunDirectory
+from sparklab.run.events import EventWriter
 from sparklab.run.process import ask_process
 
 pytestmark = pytest.mark.slow
@@ -84,4 +85,8 @@ def test_data_that_has_moved_is_named_with_where_it_was(small_recipe, tmp_path):
 def test_no_result_yet(small_recipe, tmp_path):
     run = sl.Run(RunDirectory.create(tmp_path / "run", small_recipe(), {}, {}))
     with pytest.raises(RunError, match="no result yet"):
+        run.compare(["Hello"])
+    with EventWriter(run.directory.events_path) as events:
+        events.write("finished", step=1)
+    with pytest.raises(RunError, match=r"is finished, and its result is gone from .*adapter"):
         run.compare(["Hello"])

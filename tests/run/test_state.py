@@ -357,6 +357,11 @@ def test_two_who_create_at_once_get_one_run(tmp_path):
 def test_what_is_no_run_says_what_lies_beside_it(tmp_path, directory):
     with pytest.raises(RunNotFound, match=r"does not exist[\s\S]*runs beside it: run"):
         RunDirectory(tmp_path / "rnu")
+    RunDirectory.create(tmp_path / "runs" / "chat", sl.Recipe(model="tiny", data="x"), {}, {})
+    for name, fix in (("runs", "runs in it: chat"), ("runs/chit", "runs beside it: chat")):
+        with pytest.raises(RunNotFound) as caught:
+            RunDirectory(tmp_path / name)
+        assert caught.value.fix == fix
     with pytest.raises(RunNotFound, match="is not a run directory"):
         RunDirectory(tmp_path)
 
