@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from sparklab.engine import flex
 from sparklab.engine.blockwise import attend
-from sparklab.engine.cpu_attention import ByProducts, PerDocument
+from sparklab.engine.cpu_attention import ByProducts, PerDocument, Row
 from sparklab.engine.device import on_gpu
 from sparklab.errors import ModelError
 
 NAME = "sparklab_packed"
 VARLEN_WIDTH: Final = 256  # the widest head that flash attention's kernels take
 _THERE: Final = "sparklab_on_the_device"
+_PLACES: Final = "sparklab_places"
 
 
 def packed_attention(
@@ -56,8 +57,9 @@ def packed_attention(
         if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= VARLEN_WIDTH:
             return _varlen(query, key, value, cu_seq_lens_q, max(lengths), scale, sliding_window)[..., :width], None
         if query.device.type == "cpu" and not windowed:
-            kernel = ByProducts if query.dtype == torch.bfloat16 and not on_gpu(query) else PerDocument
-            out: Tensor = kernel.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
+            products = query.dtype == torch.bfloat16 and not on_gpu(query)
+            places = _places(cu_seq_lens_q, query.shape[1], key.shape[1]) if products else lengths
+            out: Tensor = (ByProducts if products else PerDocument).apply(query, key, value, places, scale)  # type: ignore[no-untyped-call]
             return out[..., :width], None
     if (blockwise or windowed or query.shape[-1] > VARLEN_WIDTH) and not dropped:
         together = flex.attend(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap, s_aux)
@@ -75,6 +77,15 @@ def packed_attention(
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
         parts.append(out[..., :width])
     return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def _places(borders: Tensor, heads: int, groups: int) -> Row:
+    """Where the documents lie, for products on a CPU: worked out once a row, not once a layer."""
+    known: dict[tuple[int, int], Row] = getattr(borders, _PLACES, {})
+    if (heads, groups) not in known:
+        known[heads, groups] = Row(borders.diff().tolist(), heads, groups)
+        setattr(borders, _PLACES, known)
+    return known[heads, groups]
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, scale: float, window: int | None) -> Tensor:

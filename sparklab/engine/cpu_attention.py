@@ -1,14 +1,16 @@
-"""Attention of a packed row on a CPU: flash attention's kernels; in bf16 the backward pass is plain matrix products, which take half of that kernel's time.
+"""Attention of a packed row on a CPU: flash attention's kernels, or, in bf16, plain matrix products, which take half of those kernels' time or less.
 
-Shapes: T tokens a row, S of one document (padded to P), H heads in G groups that share a key, N = H / G, D numbers a head, R queries at once.
+Shapes: T tokens a row, P of one document and what it is padded with, n documents of one P, H heads in G groups that share a key, N = H / G, D numbers a
+head, R queries at once.
 
 With the weights p = exp(s q k' - lse) and their gradients g v', the textbook's five products: ``dV = p' g``, ``dS = p (g v' - delta)``, ``dQ = s dS k``,
 ``dK = s dS' q``, where delta = sum(g out) (FlashAttention, arXiv 2205.14135, algorithm 4). A product's result is rounded to bf16, which would ruin both
 differences: so lse and delta go *into* the products, as further columns beside q and g that meet -1 beside k and v, each split into three bf16 numbers
-that add up to its fp32 value. What is rounded then is the difference itself: small wherever the weight is not.
+that add up to its fp32 value. What is rounded then is the difference itself: small wherever the weight is not. Forward, where no lse is known yet, the
+scores are products in fp32.
 
-All is laid out for products once a row, a group's queries side by side, [G, T N, D]. A document is a piece of that, and what it is padded with are the
-tokens that follow it: their weights are 0, and what is written at their places the next document writes over.
+A group's queries lie side by side. Documents of one padded length are worked on together, and R rows of each at a time, so that a call has enough to do for
+every core and what is between the calls stays in their caches.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparklab.engine.device import to_do
-from sparklab.planner.cpu_attention import COLUMNS, MULTIPLE, padded, rows_at_once
+from sparklab.planner.cpu_attention import COLUMNS, PRODUCTS, ROWS, documents_at_once, padded, rows_at_once
 
 _aten: Final = torch.ops.aten
 
@@ -61,79 +63,144 @@ class PerDocument(torch.autograd.Function):
         return d_query, d_key, d_value, None, None
 
 
-class ByProducts(PerDocument):
-    """The same with a backward pass of plain products, for bf16."""
+class Row:
+    """Where the documents of a row lie: those of one padded length together, as many as are worked on at once.
+
+    Each of ``pieces`` is [G, n, P]: numbers of (token, group). What a document is padded with has those of a token behind the last.
+    """
+
+    def __init__(self, lengths: list[int], heads: int, groups: int) -> None:
+        self.tokens, self.groups, self.shared = sum(lengths), groups, heads // groups
+        alike: dict[int, list[tuple[int, int]]] = {}
+        start = 0
+        for length in lengths:
+            alike.setdefault(padded(length), []).append((start, length))
+            start += length
+        group_G11 = torch.arange(groups, dtype=torch.int32)[:, None, None]
+        self.pieces: list[Tensor] = []
+        for end, documents in alike.items():
+            step_P, many = torch.arange(end, dtype=torch.int32), documents_at_once(end, heads)
+            for first in range(0, len(documents), many):
+                starts_n, lengths_n = torch.tensor(documents[first : first + many], dtype=torch.int32).t()
+                token_nP = torch.where(step_P < lengths_n[:, None], starts_n[:, None] + step_P, self.tokens)
+                self.pieces.append(token_nP * groups + group_G11)
+        numbers = torch.cat([piece.flatten() for piece in self.pieces])
+        back = numbers.new_empty((self.tokens + 1) * groups)
+        back[numbers.long()] = torch.arange(len(numbers), dtype=torch.int32)
+        self.count, self._back = len(numbers), back[: self.tokens * groups]
+
+    def blocks(self, piece: Tensor) -> list[tuple[int, int]]:
+        """First and last of the rows of each document that have their weights made at once."""
+        end = piece.shape[2]
+        rows = rows_at_once(end, self.groups * self.shared)
+        return [(first, min(first + rows, end)) for first in range(0, end, rows)]
+
+    def parts(self, *made: Tensor) -> Iterator[tuple[Any, ...]]:
+        """(piece, where its rows are in each tensor of them) of one piece after the other."""
+        start = 0
+        for piece in self.pieces:
+            yield (piece, *(tensor[start : start + piece.numel()] for tensor in made))
+            start += piece.numel()
+
+    def in_order(self, made: Tensor, width: int) -> Tensor:
+        """What was made of all pieces, [numbers, W] or [numbers, N W], as [1, T, G or H, W]."""
+        return made.index_select(0, self._back).view(1, self.tokens, -1, width)
+
+
+class ByProducts(torch.autograd.Function):
+    """The same by products, for bf16: of query [1, H, T, D], key and value [1, G, T, D], where the row's documents lie, and the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float) -> Tensor:
+        q, k, v = (_numbered(tensor, row) for tensor in (query, key, value))
+        outs, sums = q.new_empty((row.count, q.shape[1])), q.new_empty((row.count, row.shared), dtype=torch.float32)
+        for piece, out, lse in row.parts(outs, sums):
+            read = piece.clamp(max=len(q) - 1)  # any token does for what follows a document: no query of the document looks there
+            (_by_flash if piece.shape[2] > PRODUCTS else _by_products)(q, k, v, row, read, out, lse, scale)
+        out, lse = row.in_order(outs, value.shape[3]), row.in_order(sums, 1)[0, ..., 0]
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.row, ctx.scale = row, scale
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, *lse = ctx.saved_tensors
-        groups = key.shape[1]
-        delta = grad.float().mul_(out)[0].sum(-1).t()
-        q, g = _beside(query, torch.cat(lse, 2)[0] / ctx.scale, groups), _beside(grad.transpose(1, 2), delta, groups)
-        row = _Row(q, g, _beside(key, None, groups), _beside(value, None, groups), ctx.scale)
-        del q, g
-        for (place,) in _documents(ctx.lengths):
-            row.document(place.start, place.stop - place.start)
-        d_q, d_k, d_v = row.gradients
-        del row
-        tokens = query.shape[2]
-        return _laid_out(d_q, tokens, ctx.scale), _laid_out(d_k, tokens, ctx.scale), _laid_out(d_v, tokens, 1.0), None, None
+        query, key, value, out, lse = ctx.saved_tensors
+        row, scale = ctx.row, ctx.scale
+        delta = grad.float().mul_(out)[0].sum(-1)
+        q, g = _beside(query, lse / scale, row), _beside(grad.transpose(1, 2), delta, row)
+        laid = (q, g, _beside(key, None, row), _beside(value, None, row))
+        width = query.shape[3]
+        gradients = [q.new_empty((row.count, many * width)) for many in (row.shared, 1, 1)]
+        for piece, *places in row.parts(*gradients):
+            _backward(laid, row, piece, places, scale)
+        del q, g, laid, piece, places
+        d_q, d_k, d_v = (row.in_order(gradients.pop(0), width).transpose(1, 2) for _ in range(3))
+        return d_q.mul_(scale), d_k.mul_(scale), d_v, None, None
 
 
-class _Row:
-    """q and g [G, T', N, D + COLUMNS], k and v [G, T', 1, D + COLUMNS] of a row and a bit more, and the gradients of q, k and v without the columns."""
+def _by_products(q: Tensor, k: Tensor, v: Tensor, row: Row, piece: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+    """Writes one piece's part of out and lse, from scores in fp32 and weights in bf16. The weights are [n G, R N, keys]."""
+    future = q.new_full((ROWS, ROWS), -math.inf, dtype=torch.float32).triu_(1)[:, None]
+    width, many = k.shape[1], piece.shape[0] * piece.shape[1]
+    out, lse = out.view(many, -1, width), lse.view(many, -1)
+    for first, last in to_do(row.blocks(piece)[::-1]):
+        mine = slice(first * row.shared, last * row.shared)
+        queries = _taken(q, piece[..., first:last], width).float()
+        keys, values = (_taken(tensor, piece[..., :last], width) for tensor in (k, v))
+        weights = queries.new_empty((many, last - first, row.shared, last))
+        weights[..., :first], weights[..., first:] = 0, future[: last - first, :, : last - first]
+        weights = weights.flatten(1, 2).baddbmm_(queries, keys.float().transpose(1, 2), alpha=scale)
+        top = weights.amax(-1)
+        torch.softmax(weights, -1, out=weights)
+        lse[:, mine] = top.sub_(weights.amax(-1).log_())  # the largest weight is exp(top - lse)
+        out[:, mine] = torch.bmm(weights.to(q.dtype), values)
+        del weights, queries, keys, values
 
-    def __init__(self, q: Tensor, g: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-        self.q, self.g, self.k, self.v = (tensor.flatten(1, 2) for tensor in (q, g, k, v))
-        self.scale, self.shared, self.width = scale, q.shape[2], q.shape[3] - COLUMNS
-        self.gradients = tuple(tensor.new_empty((*tensor.shape[:3], self.width)) for tensor in (q, k, v))
-        self._future: dict[int, Tensor] = {}
 
-    def document(self, start: int, length: int) -> None:
-        """Writes the gradients of one document, and anything behind them, up to its padded length."""
-        end = padded(length)
-        rows = rows_at_once(end, len(self.q) * self.shared)
-        blocks = [(first, min(first + rows, end)) for first in range(0, end, rows)][::-1]  # the last rows meet all keys: the others' sums fit into theirs
-        totals: tuple[Tensor, ...] = ()
-        for first, last in to_do(blocks):
-            totals = _added(totals, self._block(start, first, last, length), len(blocks) > 1)
-        for whole, total in zip(self.gradients[1:], totals, strict=True):
-            whole[:, start : start + end, 0] = total
+def _by_flash(q: Tensor, k: Tensor, v: Tensor, row: Row, piece: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+    """The same by flash attention's kernel."""
+    (groups, many, end), width = piece.shape, k.shape[1]
+    token = piece[0].flatten() // groups
+    queries, keys, values = (tensor.view(row.tokens, -1).index_select(0, token).view(many, end, -1, width).transpose(1, 2) for tensor in (q, k, v))
+    done, sums = _aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, 0.0, True, scale=scale)
+    out.view(groups, many, end, row.shared, width)[:] = done.view(many, groups, row.shared, end, width).permute(1, 0, 3, 2, 4)
+    lse.view(groups, many, end, row.shared)[:] = sums.view(many, groups, row.shared, end).permute(1, 0, 3, 2)
 
-    def _block(self, start: int, first: int, last: int, length: int) -> tuple[Tensor, Tensor]:
-        """Rows ``first`` to ``last`` of a document: writes their gradients, and returns the part that they have in those of the keys and values they meet.
 
-        The weights are [G, keys, rows N], for so the products are fastest.
-        """
-        mine, seen = slice((start + first) * self.shared, (start + last) * self.shared), slice(start, start + last)
-        q, g, k, v = (tensor.contiguous() for tensor in (self.q[:, mine], self.g[:, mine], self.k[:, seen], self.v[:, seen]))
-        weights = self._hidden(first, last, length).baddbmm_(k, q.transpose(1, 2), alpha=self.scale).exp_()
-        d_v = torch.bmm(weights, g[..., : self.width])
+def _backward(laid: tuple[Tensor, ...], row: Row, piece: Tensor, made: tuple[Tensor, ...], scale: float) -> None:
+    """Writes one piece's part of dQ / scale, dK / scale and dV. The weights are [n G, keys, R N], for so the products are fastest."""
+    many, width = piece.shape[0] * piece.shape[1], made[1].shape[1]
+    d_q = made[0].view(many, -1, width)
+    blocks = row.blocks(piece)
+    # a column for each head: numbers that lie apart copy slowly
+    future = laid[0].new_full((ROWS, ROWS), -math.inf).tril_(-1).repeat_interleave(row.shared, 1)
+    totals: tuple[Tensor, ...] = ()
+    for first, last in to_do(blocks[::-1]):  # the last rows meet all keys: the others' sums fit into theirs
+        q, g = (_taken(rows, piece[..., first:last], width + COLUMNS) for rows in laid[:2])
+        k, v = (_taken(rows, piece[..., :last], width + COLUMNS) for rows in laid[2:])
+        weights = q.new_empty((many, last, q.shape[1]))
+        weights[:, :first], weights[:, first:] = 0, future[: last - first, : q.shape[1]]
+        weights.baddbmm_(k, q.transpose(1, 2), alpha=scale).exp_()
+        part_v = torch.bmm(weights, g[..., :width])
         weights.mul_(torch.bmm(v, g.transpose(1, 2)))
-        self.gradients[0].flatten(1, 2)[:, mine] = torch.bmm(weights.transpose(1, 2), k[..., : self.width])
-        return torch.bmm(weights, q[..., : self.width]), d_v
-
-    def _hidden(self, first: int, last: int, length: int) -> Tensor:
-        """[G, last, (last - first) N] for the logarithms of weights: -inf where a query must not look, 0 elsewhere."""
-        rows = last - first
-        weights = self.q.new_empty((len(self.q), last, rows, self.shared))
-        weights[:, :first] = 0
-        if rows not in self._future:
-            self._future[rows] = self.q.new_full((rows, rows), -math.inf).tril_(-1)[..., None].expand(rows, rows, self.shared).contiguous()
-        weights[:, first:] = self._future[rows]
-        if last > length:
-            weights[:, :, length - first :] = -math.inf  # no query of this document
-        return weights.flatten(2)
+        d_q[:, first * row.shared : last * row.shared] = torch.bmm(weights.transpose(1, 2), k[..., :width])
+        parts = (torch.bmm(weights, q[..., :width]), part_v)
+        del weights, part_v, q, g, k, v  # each block begins with what the last one left: sums
+        totals = _added(totals, parts, len(blocks) > 1)
+        del parts
+    for whole, total in zip(made[1:], totals, strict=True):
+        whole.view(total.shape)[:] = total
 
 
-def _documents(lengths: list[int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """(where in the row, each tensor's part of it) of one document after the other."""
-    start = 0
-    for length in lengths:
-        place = slice(start, start + length)
-        yield (place, *(tensor[:, :, place] for tensor in tensors))
-        start += length
+def _numbered(rows: Tensor, row: Row) -> Tensor:
+    """[1, H, T, D] as [T G, N D]: as it lies, if it lies as linears write it."""
+    return rows[0].transpose(0, 1).reshape(row.tokens * row.groups, -1)
+
+
+def _taken(rows: Tensor, numbers: Tensor, width: int) -> Tensor:
+    """Of rows [.., N W] those with the numbers [G, n, R], as [G n, R N, W]."""
+    return rows.index_select(0, numbers.flatten()).view(numbers.shape[0] * numbers.shape[1], -1, width)
 
 
 def _added(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...], many: bool) -> tuple[Tensor, ...]:
@@ -145,28 +212,28 @@ def _added(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...], many: bool) ->
     return totals
 
 
-def _beside(rows: Tensor, number: Tensor | None, groups: int) -> Tensor:
-    """rows [1, H, T, D] as [G, T', N, D + COLUMNS], with number [H, T] beside them, in parts; or with -1."""
+def _beside(rows: Tensor, number_TH: Tensor | None, row: Row) -> Tensor:
+    """[1, H, T, D] as [(T + 1) G, N (D + COLUMNS)], with a number beside each head's, in parts, or with -1; behind the last token all is 0."""
     _, heads, tokens, width = rows.shape
-    whole = rows.new_empty((groups, tokens + MULTIPLE, heads // groups, width + COLUMNS))
-    whole[:, tokens:] = 0
-    place = whole[:, :tokens].transpose(1, 2)
-    place[..., :width] = rows[0].view(groups, -1, tokens, width)
-    if number is None:
+    whole = rows.new_empty((tokens + 1, heads, width + COLUMNS))
+    whole[tokens] = 0
+    place = whole[:tokens]
+    place[..., :width] = rows[0].transpose(0, 1)
+    if number_TH is None:
         place[..., width:] = -1
-        return whole
-    number = number.reshape(groups, -1, tokens)
-    for column in range(width, width + COLUMNS - 1):
-        part = number.to(rows.dtype)
-        place[..., column] = part
-        number = number - part
-    place[..., -1] = 0
-    return whole
+    else:
+        for column in range(width, width + COLUMNS - 1):
+            part = number_TH.to(rows.dtype)
+            place[..., column] = part
+            number_TH = number_TH - part
+        place[..., -1] = 0
+    return whole.view((tokens + 1) * row.groups, -1)
 
 
-def _laid_out(rows: Tensor, tokens: int, factor: float) -> Tensor:
-    """rows [G, T', N, D] times a factor as [1, H, T, D], in memory as [1, T, H, D]."""
-    groups, _, shared, width = rows.shape
-    out = rows.new_empty((tokens, groups, shared, width))
-    torch.mul(rows[:, :tokens].transpose(0, 1), factor, out=out)
-    return out.view(1, tokens, groups * shared, width).transpose(1, 2)
+def _documents(lengths: list[int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """(where in the row, each tensor's part of it) of one document after the other."""
+    start = 0
+    for length in lengths:
+        place = slice(start, start + length)
+        yield (place, *(tensor[:, :, place] for tensor in tensors))
+        start += length

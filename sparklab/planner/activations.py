@@ -75,7 +75,8 @@ class LayerBytes:
         _before_recomputing(parts, tape, engine)
         undo = _forward(parts, tape, engine, True, set(self._grads))
         last = _last_kernel(parts)
-        again = tape.marked if isinstance(last, fused.GatedMlp) or (isinstance(last, Linear) and last.name in engine.adapted) else tape.peak
+        ends_early = isinstance(last, (fused.GatedMlp, Experts)) or (isinstance(last, Linear) and last.name in engine.adapted)
+        again = tape.marked if ends_early else tape.peak
         tape.drop_any("y", "d:first", "d:second")
         return (again, *_backward(undo, tape))
 
@@ -106,10 +107,16 @@ def layer_bytes(parts: tuple[Part, ...], engine: Engine, input_needs_grad: bool 
 
 def _before_recomputing(parts: tuple[Part, ...], tape: Tape, engine: Engine) -> None:
     """A layer is run again when its backward pass asks for the first tensor that was kept. Sums and products with constants come before that, and
-    the first step of what they lead to: the cast of a norm's gradient, the scaling of an adapter's."""
+    the first step of what they lead to: the cast of a norm's gradient, the scaling of an adapter's, the spreading of experts'."""
     ends = [part for part in parts[-2:] if isinstance(part, Scale)]  # Granite's product, between the last module and the sum
     tape.hold("d:first", sum(engine.compute_bytes * part.width for part in ends))
     last = _last_kernel(parts)
+    for part in (part for part in parts if isinstance(part, Experts)):
+        wide = 4 if part.wide_weights and engine.compute_bytes < 4 else 0
+        if part is not last:  # of what experts add to a shared MLP: cast
+            tape.hold("d:second", wide * part.width)
+        elif not engine.expert_rank:  # spread over those of each token
+            tape.hold("d:second", max(wide, engine.compute_bytes) * part.active * part.width)
     if isinstance(last, Linear) and last.name in engine.adapted:
         cast = engine.compute_bytes if engine.adapter_bytes > engine.compute_bytes else 0  # the base's share of the gradient, in its own type
         tape.hold("d:second", (engine.adapter_bytes + cast) * last.outputs)

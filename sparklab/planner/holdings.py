@@ -12,7 +12,7 @@ from sparklab.planner import expert_adapters
 from sparklab.planner.activations import LayerBytes, layer_bytes
 from sparklab.planner.fused import FrozenMlp, with_frozen_mlps
 from sparklab.planner.items import Item, filled
-from sparklab.planner.kernels import Engine, has_fixed_bytes
+from sparklab.planner.kernels import Engine, has_fixed_bytes, kept_with_row
 from sparklab.planner.notes import notes_of
 from sparklab.planner.recipe import Recipe
 from sparklab.planner.sound import too_high
@@ -183,7 +183,10 @@ class Holdings:
         size = self.anatomy.table_bytes(self.width) + 3 * 8
         if self.checkpointed and not self.full and self.anatomy.scaled_embedding == "outside":  # the embedding's output is a leaf that waits for its gradient
             size += self.anatomy.hidden * self.width
-        return Item("inputs and rotary tables", float(size * self.tokens), lambda: f"{self.tokens:,} tokens x {size} B")
+        where = kept_with_row(self.anatomy.blocks, self.engine)
+        return Item(
+            "inputs and rotary tables", float(size * self.tokens + where), lambda: f"{self.tokens:,} tokens x {size} B" + (f" + {where:,} B" if where else "")
+        )
 
     @cached_property
     def unpacked(self) -> tuple[Item, ...]:

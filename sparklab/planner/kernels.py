@@ -6,12 +6,12 @@ make and drop their tensors. Gradients of tensor ``t`` are called ``d:t``; ``gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from sparklab.model.parts import Activation, Attention, Linear, Norm, Part, Product, Residual, Rotary, Router, Scale, Split
-from sparklab.planner.cpu_attention import held_bytes
+from sparklab.model.parts import Activation, Attention, Block, Linear, Norm, Part, Product, Residual, Rotary, Router, Scale, Split
+from sparklab.planner.cpu_attention import backward_bytes, forward_bytes, kept_bytes
 from sparklab.planner.tape import Tape
 
 Backward = Callable[[Tape], None]
@@ -324,18 +324,20 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
     b = engine.compute_bytes
     queries, keys = part.heads * part.head_dim * b, part.kv_heads * part.head_dim * b
     narrow = part.value_dim or part.head_dim
-    values, result = part.kv_heads * narrow * b, part.heads * narrow * b
-    sizes = {part.query: queries, part.key: keys, part.value: values}
+    sizes = {part.query: queries, part.key: keys, part.value: (values := part.kv_heads * narrow * b)}
     out, kept, padded = f"{part.writes}:out", f"{part.writes}:kept", narrow < part.head_dim
     needs_grad, blockwise = any(name in grads for name in sizes), _is_blockwise(part, engine)
     document = 0.0 if blockwise or engine.on_gpu else engine.longest / engine.tokens  # of the row, worked on apart
     if padded:
         tape.hold("padded", keys)
+    row = (engine.tokens, engine.longest, part.heads, part.kv_heads, part.head_dim) if _is_by_products(part, engine) else None
+    if row:  # latent heads do not lie as linears write them
+        tape.spike(forward_bytes(*row) / engine.tokens + (queries + 2 * keys if padded else 0))
     tape.hold(out, queries)
     tape.hold(f"{part.writes}:lse", 4 * part.heads)
-    tape.spike(_block_bytes(part, engine, b + 4) + document * queries)
+    tape.spike(queries + 4 * part.heads if row else _block_bytes(part, engine, b + 4) + document * queries)
     if engine.joins_documents or blockwise or padded:
-        tape.hold(part.writes, result)
+        tape.hold(part.writes, part.heads * narrow * b)
     else:
         tape.share(part.writes, out)
     repeated = queries if engine.repeats_heads and part.heads > part.kv_heads else 0
@@ -361,16 +363,15 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
         if blockwise:  # the documents' gradients, before they are joined
             tape.hold("pieces", queries + 2 * (repeated or keys))
             tape.spike(_block_bytes(part, engine, 3 * 4 + b) + 2 * (4 - b) * keys / b * engine.longest / engine.tokens)  # sums for keys and values are fp32
-        by_products = document > 0 and b == 2  # the gradients are laid out when all are made
-        if by_products:
-            tape.spike(held_bytes(engine.tokens, engine.longest, part.heads, part.kv_heads, part.head_dim) / engine.tokens)
+        if row:  # the gradients are laid out when all are made
+            tape.spike(backward_bytes(*row) / engine.tokens)
         for name, size in sizes.items():
             if padded and name == part.value:
                 tape.spike(keys)
             if name in grads:
                 tape.accumulate(f"d:{name}", size)
         wider = keys - values if padded and not blockwise else 0  # the values' gradient, until it is cut to their width
-        tape.spike((queries + 2 * keys) * (1 if by_products else document) + wider)
+        tape.spike((queries + 2 * keys) * (1 if row else document) + wider)
         tape.drop_any("pieces", out, f"{part.writes}:lse", *(f"{kept}:{name}" for name in sizes))
         tape.drop_any("padded gradient", gradient)
 
@@ -380,6 +381,16 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
 def _is_blockwise(part: Attention, engine: Engine) -> bool:
     """Whether scores are made block by block: soft-capped ones, those with sinks, and on a CPU those of a window shorter than a document."""
     return bool(part.capped or part.sinks or (0 < part.window < engine.longest and not engine.on_gpu))
+
+
+def _is_by_products(part: Attention, engine: Engine) -> bool:
+    return engine.compute_bytes == 2 and not engine.on_gpu and not _is_blockwise(part, engine)
+
+
+def kept_with_row(blocks: Iterable[Block], engine: Engine) -> int:
+    """Bytes that attention by products keeps with a row, for every number of heads once."""
+    parts = (part for block in blocks for part in block.parts if isinstance(part, Attention) and _is_by_products(part, engine))
+    return sum(kept_bytes(engine.tokens, engine.longest, *heads) for heads in {(part.heads, part.kv_heads) for part in parts})
 
 
 def has_fixed_bytes(parts: tuple[Part, ...]) -> bool:

@@ -90,6 +90,7 @@ def experts(part: Experts, tape: Tape, engine: Engine, saves: bool, grads: set[s
     if not (saves and trained):
         tape.drop(f"{keeps}:inner")
     tape.hold("weighed", rows * x)
+    tape.marked = tape.peak
     if not saves:
         tape.drop(f"{keeps}:down")
     tape.hold("ordered", rows * x)

