@@ -1,9 +1,9 @@
 """RMSNorm in its three spellings, as one autograd function that keeps its input and one fp32 number a row.
 
 Shapes: N rows of W numbers, n = x / sqrt(mean(x^2) + eps). Llama: ``w * n`` with n rounded to x's type first; OLMo: ``w * n`` rounded last; Gemma:
-``(1 + w) * n`` rounded last. transformers keeps x in fp32 and more; here the normalised x is made again in the backward pass, where
-``dx = r * (g - n * mean(g * n))`` with r = 1 / sqrt(...) and g the output's gradient times the weight. Rows go through in blocks that
-stay in a CPU's cache; on CUDA Liger's kernel does the same where it is to be had.
+``(1 + w) * n`` rounded last. transformers keeps x in fp32 and more; here the backward pass is
+``dx = r * (g - x * r^2 * mean(g * x))`` with r = 1 / sqrt(...) and g the output's gradient times the weight. On a CPU rows go through in blocks, so that
+few numbers are in fp32 at once; on CUDA Liger's kernel does the same where it is to be had.
 """
 
 from __future__ import annotations
@@ -65,14 +65,13 @@ class _RMSNorm(torch.autograd.Function):
         root_N1 = x_NW.new_empty((len(x_NW), 1), dtype=torch.float32)
         factor = 1.0 + weight.float() if kind == "gemma" else weight
         for rows in _blocks(x_NW):
-            wide = x_NW[rows].float()
-            root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-            wide = wide * root if wide.dtype == x.dtype else wide.mul_(root)  # of an fp32 input, wide is the input itself
-            root_N1[rows] = root
+            wide, root, place = x_NW[rows].to(torch.float32, copy=True), root_N1[rows], out_NW[rows]
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True, out=root).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            wide.mul_(root)
             if kind == "llama":
-                torch.mul(wide.to(x.dtype), factor, out=out_NW[rows])
+                place.copy_(wide).mul_(factor)
             else:
-                out_NW[rows] = wide.mul_(factor)
+                place.copy_(wide.mul_(factor))
         ctx.save_for_backward(x, weight, root_N1)
         ctx.kind = kind
         return out
@@ -87,13 +86,13 @@ class _RMSNorm(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         factor = 1.0 + weight.float() if ctx.kind == "gemma" else weight.float()
         for rows in _blocks(x_NW):
-            normal = x_NW[rows].to(torch.float32, copy=True).mul_(root_N1[rows])  # a product of two types would make a third tensor
+            wide, root = x_NW[rows].float(), root_N1[rows]
+            slope = grad_NW[rows].to(torch.float32, copy=True)  # a product of two types would make a third tensor
             if d_weight is not None:
-                d_weight += (grad_NW[rows] * normal).sum(0)
+                d_weight += (slope * wide).mul_(root).sum(0)
             if d_x is not None:
-                slope = grad_NW[rows].to(torch.float32, copy=True).mul_(factor)
-                mean = (slope * normal).sum(-1, keepdim=True).div_(-x.shape[-1])
-                d_x[rows] = slope.addcmul_(normal, mean).mul_(root_N1[rows])
+                mean = (slope.mul_(factor) * wide).sum(-1, keepdim=True).mul_(root).mul_(root).div_(-x.shape[-1])
+                d_x[rows] = slope.addcmul_(wide, mean).mul_(root)
         return None if d_x is None else d_x.view(x.shape), None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 
