@@ -105,7 +105,7 @@ def chunked_cross_entropy(
     gpu = on_gpu(head_VH)
     supervised = F.pad(supervised, (0, filled(len(supervised), gpu) - len(supervised)))  # by the first token, once more
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_TH[supervised], head_VH, labels_S, float(count), sizes or loss_tile(gpu), scale, cap
+        hidden_TH.index_select(0, supervised), head_VH, labels_S, float(count), sizes or loss_tile(gpu), scale, cap
     )
     return loss
 
