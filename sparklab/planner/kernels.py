@@ -372,8 +372,7 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
                 tape.accumulate(f"d:{name}", size)
         wider = keys - values if padded and not blockwise else 0  # the values' gradient, until it is cut to their width
         tape.spike((queries + 2 * keys) * (1 if row else document) + wider)
-        tape.drop_any("pieces", out, f"{part.writes}:lse", *(f"{kept}:{name}" for name in sizes))
-        tape.drop_any("padded gradient", gradient)
+        tape.drop_any("pieces", out, f"{part.writes}:lse", "padded gradient", gradient, *(f"{kept}:{name}" for name in sizes))
 
     return backward
 
