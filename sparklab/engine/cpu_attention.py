@@ -161,8 +161,8 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, row: Row, piece: Tensor, out: 
 def _by_flash(q: Tensor, k: Tensor, v: Tensor, row: Row, piece: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
     """The same by flash attention's kernel."""
     (groups, many, end), width = piece.shape, k.shape[1]
-    token = piece[0].flatten() // groups
-    queries, keys, values = (tensor.view(row.tokens, -1).index_select(0, token).view(many, end, -1, width).transpose(1, 2) for tensor in (q, k, v))
+    numbers = piece.permute(1, 2, 0).flatten()
+    queries, keys, values = (tensor.index_select(0, numbers).view(many, end, -1, width).transpose(1, 2) for tensor in (q, k, v))
     done, sums = _aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, 0.0, True, scale=scale)
     out.view(groups, many, end, row.shared, width)[:] = done.view(many, groups, row.shared, end, width).permute(1, 0, 3, 2, 4)
     lse.view(groups, many, end, row.shared)[:] = sums.view(many, groups, row.shared, end).permute(1, 0, 3, 2)

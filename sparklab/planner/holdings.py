@@ -183,10 +183,13 @@ class Holdings:
         size = self.anatomy.table_bytes(self.width) + 3 * 8
         if self.checkpointed and not self.full and self.anatomy.scaled_embedding == "outside":  # the embedding's output is a leaf that waits for its gradient
             size += self.anatomy.hidden * self.width
-        where = kept_with_row(self.anatomy.blocks, self.engine)
-        return Item(
-            "inputs and rotary tables", float(size * self.tokens + where), lambda: f"{self.tokens:,} tokens x {size} B" + (f" + {where:,} B" if where else "")
-        )
+        own = f" + {self.placed_bytes:,} B" if self.placed_bytes else ""
+        return Item("inputs and rotary tables", float(size * self.tokens + self.placed_bytes), lambda: f"{self.tokens:,} tokens x {size} B{own}")
+
+    @cached_property
+    def placed_bytes(self) -> int:
+        """Where the documents of a row lie, for attention by products."""
+        return kept_with_row(self.anatomy.blocks, self.engine)
 
     @cached_property
     def unpacked(self) -> tuple[Item, ...]:

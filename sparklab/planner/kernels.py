@@ -57,6 +57,8 @@ class Engine:
     """Tokens in a row: what is held however many there are is shared out among them."""
     longest: int = 1
     """Tokens in the longest document."""
+    masked: bool = field(default=False, kw_only=True)
+    """A batch of prompts with a padding mask, by the library's attention, whose own memory is counted apart."""
 
 
 def linear(part: Linear, tape: Tape, engine: Engine, saves: bool, grads: set[str]) -> Backward:
@@ -383,7 +385,7 @@ def _is_blockwise(part: Attention, engine: Engine) -> bool:
 
 
 def _is_by_products(part: Attention, engine: Engine) -> bool:
-    return engine.compute_bytes == 2 and not engine.on_gpu and not _is_blockwise(part, engine)
+    return engine.compute_bytes == 2 and not engine.on_gpu and not engine.masked and not _is_blockwise(part, engine)
 
 
 def kept_with_row(blocks: Iterable[Block], engine: Engine) -> int:

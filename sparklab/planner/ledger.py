@@ -7,11 +7,14 @@ moment, and the plan's peak is the highest phase; every figure is a sum of lines
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Final
 
 from sparklab.model.anatomy import DTYPE_BYTES
+from sparklab.planner.activations import layer_bytes
 from sparklab.planner.items import Item, Moment, answers_at_once, cache_bytes_per_token, runtime, slack
+from sparklab.planner.kernels import Engine
 from sparklab.planner.step import Step
 from sparklab.planner.tape import Peak
 
@@ -48,7 +51,10 @@ class Ledger(Step):
     @cached_property
     def _plain(self) -> Peak:
         """A token while a layer runs forward without gradients; the model keeps the embedding's output until its last layer is done."""
-        highest = max(layer.plain for layer in self.layer_list)
+        return self._forward(self.engine)
+
+    def _forward(self, engine: Engine) -> Peak:
+        highest = max(layer_bytes(block.parts, engine).plain for block in self.anatomy.blocks)
         return Peak(highest.size + self.anatomy.hidden * self.width, highest.unpacked)
 
     def _sample(self) -> list[Moment]:
@@ -68,14 +74,14 @@ class Ledger(Step):
         def mask(size: int) -> Item:
             return Item("mask", float(answers * longest * longest * size), lambda: f"{answers} prompts x {longest:,} x {longest:,} tokens x {size} B")
 
-        tables = Item("inputs and rotary tables", self.shared.size_bytes / self.tokens * answers * longest, lambda: f"of {answers * longest:,} tokens")
+        plain = self._forward(replace(self.engine, masked=True))
+        shared = (self.shared.size_bytes - self.placed_bytes) / self.tokens
+        tables = Item("inputs and rotary tables", shared * answers * longest, lambda: f"of {answers * longest:,} tokens")
         attention = 3 * anatomy.hidden * width + 2 * queries + repeated
         grows = answers * (length * (repeated + per_token / anatomy.layers / 2) + 4.0 * anatomy.vocabulary)
         growth = Item("cache growing", grows, lambda: "one layer's keys while a token is appended, keys and values for every head, and the next token's logits")
         return [
-            Moment(
-                "reading the prompts", (cache(longest), prompts(self._plain.size - self._plain.unpacked, "one layer forward"), mask(1), tables, *self.unpacked)
-            ),
+            Moment("reading the prompts", (cache(longest), prompts(plain.size - plain.unpacked, "one layer forward"), mask(1), tables, *self.unpacked)),
             Moment("attention over the prompts", (cache(longest), prompts(attention, "one layer's attention"), mask(1 + width), tables)),
             Moment("writing the answers", (cache(length), growth, *self.unpacked)),
         ]

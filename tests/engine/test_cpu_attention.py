@@ -8,7 +8,19 @@ from torch import Tensor
 
 from sparklab.engine.cpu_attention import ByProducts, Row
 from sparklab.engine.storages import StorageTracker
-from sparklab.planner.cpu_attention import MULTIPLE, NUMBERS, ROWS, TOGETHER, backward_bytes, documents_at_once, forward_bytes, kept_bytes, padded, rows_at_once
+from sparklab.planner.cpu_attention import (
+    MULTIPLE,
+    NUMBERS,
+    PRODUCTS,
+    ROWS,
+    TOGETHER,
+    backward_bytes,
+    documents_at_once,
+    forward_bytes,
+    kept_bytes,
+    padded,
+    rows_at_once,
+)
 
 _aten = torch.ops.aten
 
@@ -69,6 +81,16 @@ def test_what_follows_a_document_changes_nothing_in_it() -> None:
         tensor[:, :, 40:] *= 1000
     for mine, theirs in zip(gradients(query, key, value, grad, [40, 60], 0.2), alone, strict=True):
         assert torch.equal(mine[:, :, :40], theirs)
+
+
+def test_heads_that_lie_in_one_projection() -> None:
+    """As GPT-NeoX' do, in documents that go through products and in one that goes through flash attention."""
+    torch.manual_seed(0)
+    lengths = [40, PRODUCTS + 50, 41]
+    apart = torch.randn(1, sum(lengths), 2, 3, 16).bfloat16().unbind(3)
+    row = Row(lengths, 2, 2)
+    ours, laid = (ByProducts.apply(*(tensor.transpose(1, 2) for tensor in some), row, 0.25) for some in (apart, [tensor.contiguous() for tensor in apart]))
+    assert torch.equal(ours, laid)
 
 
 @pytest.mark.parametrize(("lengths", "heads", "groups"), [([2048], 8, 4), ([300, 1748], 16, 2), ([256] * 8, 8, 8), ([64] * 32, 4, 1), ([600], 8, 1)])
