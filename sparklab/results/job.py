@@ -19,7 +19,7 @@ from sparklab.text import one_line
 def ask(directory: RunDirectory, question: str, **details: Any) -> dict[str, Any]:
     """Starts the process, waits and returns its answer. Raises :class:`RunError` with the process's own fact and fix.
 
-    ``question`` is ``"compare"`` (prompts, max_new_tokens) or ``"evaluate"`` (n).
+    ``question`` is ``"compare"`` (prompts, max_new_tokens) or ``"evaluate"`` (n). Raises :class:`RunChanged` where base or records are others by now.
     """
     if not (directory.result_path / "manifest.json").is_file():
         if directory.state.status == "finished":
@@ -27,6 +27,7 @@ def ask(directory: RunDirectory, question: str, **details: Any) -> dict[str, Any
         raise RunError(f"{directory.path} has no result yet", "wait for the run to finish, or resume it")
     if question == "evaluate" and (gone := inputs.missing(directory.recipe)):
         raise RunError(f"{directory.path} was trained on {' and '.join(map(one_line, gone))}, which is not there any more", inputs.put_back(gone))
+    inputs.check_same(directory, ("model", "data", "held_out") if question == "evaluate" else ("model",))
     request = {"directory": str(directory.path.resolve()), "question": question, **details}
     again = "run it again; if it stays, the model does not fit"
     answer = ask_process("sparklab.results.job", request, worker_environment(directory.recipe), question, again)

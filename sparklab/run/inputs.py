@@ -103,13 +103,12 @@ def check(directory: RunDirectory, accept: Collection[str] = ()) -> dict[str, st
     gone = missing(directory.recipe)
     refused = [name for name in found if name not in accept or named.get(name) in gone]  # what is not there cannot be accepted
     if refused:
-        listed = "".join(f"\n  - {name}: {how}" for name, how in found.items() if name in refused)
         names = ", ".join(f'"{name}"' for name in found)
         if gone:
             fix = put_back(gone)
         else:
             fix = f"put it back as it was; or go on with it: run.resume(accept=({names},)), sparklab resume {directory.path} --accept {' '.join(found)}"
-        error = RunChanged(f"{directory.path} was started with something else than what lies there now:{listed}", fix)
+        error = _changed(directory, {name: found[name] for name in refused}, fix)
         error.changed = tuple(found)
         raise error
     if found:
@@ -118,6 +117,20 @@ def check(directory: RunDirectory, accept: Collection[str] = ()) -> dict[str, st
         now = {**describe(directory.recipe), "accepted": [*told, found], "before": [*history, before]}
         write_json(directory.path / "environment.json", now)
     return found
+
+
+def check_same(directory: RunDirectory, names: Collection[str]) -> None:
+    """Raises :class:`RunChanged` where one of ``names`` is not as it was: what the run learned would be measured against something else."""
+    found = {name: how for name, how in changes(directory).items() if name in names}
+    if found:
+        raise _changed(directory, found, "put it back as it was, or train anew on what is there now")
+
+
+def _changed(directory: RunDirectory, found: dict[str, str], fix: str) -> RunChanged:
+    listed = "".join(f"\n  - {name}: {how}" for name, how in found.items())
+    error = RunChanged(f"{directory.path} was started with something else than what lies there now:{listed}", fix)
+    error.changed = tuple(found)
+    return error
 
 
 def missing(recipe: Recipe) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 import sparklab as sl
 from sparklab.engine.answer import exact_match
-from sparklab.errors import RecipeError, RunError, RunFailed
+from sparklab.errors import RecipeError, RunChanged, RunError, RunFailed
 from sparklab.panels.tables import Evaluation
 from sparklab.run.directory import RunDirectory
 from sparklab.run.events import EventWriter
@@ -80,6 +80,11 @@ def test_data_that_has_moved_is_named_with_where_it_was(small_recipe, tmp_path):
     assert caught.value.fix == f"put {run.recipe.data} back where it was, or a link to where it is now"
     Path(run.recipe.data).symlink_to(moved)
     assert run.evaluate(n=1).to_dict()["tuned"]["n"] == 1
+    records = moved.read_text(encoding="utf-8").splitlines(keepends=True)
+    moved.write_text("".join(records[::-1]), encoding="utf-8")  # another split: records that were learned would count as held out
+    with pytest.raises(RunChanged, match=r"started with something else than what lies there now:\s+- data: ") as changed:
+        run.evaluate()
+    assert changed.value.changed == ("data",)
 
 
 def test_no_result_yet(small_recipe, tmp_path):
