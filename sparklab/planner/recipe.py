@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import functools
 import hashlib
 import inspect
@@ -202,7 +203,9 @@ def _known(values: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(Recipe)]
     unknown = sorted(set(values) - set(names))
     if unknown:
-        raise RecipeError(f"A recipe has no field {', '.join(map(repr, unknown))}", f"use one of: {', '.join(names)}")
+        near = [close for name in unknown for close in difflib.get_close_matches(str(name), names, n=1)]
+        fix = f"use {' and '.join(near)}" if len(near) == len(unknown) else f"use one of: {', '.join(names)}"
+        raise RecipeError(f"A recipe has no field {', '.join(map(repr, unknown))}", fix)
     return values
 
 
