@@ -58,7 +58,7 @@ def packed_attention(
             return _varlen(query, key, value, cu_seq_lens_q, max(lengths), scale, sliding_window)[..., :width], None
         if query.device.type == "cpu" and not windowed:
             products = query.dtype == torch.bfloat16 and not on_gpu(query)
-            places = _places(cu_seq_lens_q, query.shape[1], key.shape[1]) if products else lengths
+            places = _places(cu_seq_lens_q, lengths, query.shape[1], key.shape[1]) if products else lengths
             out: Tensor = (ByProducts if products else PerDocument).apply(query, key, value, places, scale)  # type: ignore[no-untyped-call]
             return out[..., :width], None
     if (blockwise or windowed or query.shape[-1] > VARLEN_WIDTH) and not dropped:
@@ -79,11 +79,11 @@ def packed_attention(
     return torch.cat(parts, 2).transpose(1, 2), None
 
 
-def _places(borders: Tensor, heads: int, groups: int) -> Row:
+def _places(borders: Tensor, lengths: list[int], heads: int, groups: int) -> Row:
     """Where the documents lie, for products on a CPU: worked out once a row, not once a layer."""
     known: dict[tuple[int, int], Row] = getattr(borders, _PLACES, {})
     if (heads, groups) not in known:
-        known[heads, groups] = Row(borders.diff().tolist(), heads, groups)
+        known[heads, groups] = Row(lengths, heads, groups)
         setattr(borders, _PLACES, known)
     return known[heads, groups]
 

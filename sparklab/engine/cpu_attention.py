@@ -114,9 +114,14 @@ class ByProducts(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float) -> Tensor:
         q, k, v = (_numbered(tensor, row) for tensor in (query, key, value))
         outs, sums = q.new_empty((row.count, q.shape[1])), q.new_empty((row.count, row.shared), dtype=torch.float32)
+        future = q.new_full((ROWS, ROWS), -math.inf, dtype=torch.float32).triu_(1)[:, None]
         for piece, out, lse in row.parts(outs, sums):
             read = piece.clamp(max=len(q) - 1)  # any token does for what follows a document: no query of the document looks there
-            (_by_flash if piece.shape[2] > PRODUCTS else _by_products)(q, k, v, row, read, out, lse, scale)
+            if piece.shape[2] > PRODUCTS:
+                _by_flash(q, k, v, row, read, out, lse, scale)
+            else:
+                _by_products(q, k, v, row, read, future, out, lse, scale)
+        del future
         out, lse = row.in_order(outs, value.shape[3]), row.in_order(sums, 1)[0, ..., 0]
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.row, ctx.scale = row, scale
@@ -132,16 +137,17 @@ class ByProducts(torch.autograd.Function):
         laid = (q, g, _beside(key, None, row), _beside(value, None, row))
         width = query.shape[3]
         gradients = [q.new_empty((row.count, many * width)) for many in (row.shared, 1, 1)]
+        # a column for each head: numbers that lie apart copy slowly
+        future = q.new_full((ROWS, ROWS), -math.inf).tril_(-1).repeat_interleave(row.shared, 1)
         for piece, *places in row.parts(*gradients):
-            _backward(laid, row, piece, places, scale)
-        del q, g, laid, piece, places
+            _backward(laid, row, piece, future, places, scale)
+        del q, g, laid, future, piece, places
         d_q, d_k, d_v = (row.in_order(gradients.pop(0), width).transpose(1, 2) for _ in range(3))
         return d_q.mul_(scale), d_k.mul_(scale), d_v, None, None
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor, row: Row, piece: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+def _by_products(q: Tensor, k: Tensor, v: Tensor, row: Row, piece: Tensor, future: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
     """Writes one piece's part of out and lse, from scores in fp32 and weights in bf16. The weights are [n G, R N, keys]."""
-    future = q.new_full((ROWS, ROWS), -math.inf, dtype=torch.float32).triu_(1)[:, None]
     width, many = k.shape[1], piece.shape[0] * piece.shape[1]
     out, lse = out.view(many, -1, width), lse.view(many, -1)
     for first, last in to_do(row.blocks(piece)[::-1]):
@@ -168,13 +174,11 @@ def _by_flash(q: Tensor, k: Tensor, v: Tensor, row: Row, piece: Tensor, out: Ten
     lse.view(groups, many, end, row.shared)[:] = sums.view(many, groups, row.shared, end).permute(1, 0, 3, 2)
 
 
-def _backward(laid: tuple[Tensor, ...], row: Row, piece: Tensor, made: tuple[Tensor, ...], scale: float) -> None:
+def _backward(laid: tuple[Tensor, ...], row: Row, piece: Tensor, future: Tensor, made: tuple[Tensor, ...], scale: float) -> None:
     """Writes one piece's part of dQ / scale, dK / scale and dV. The weights are [n G, keys, R N], for so the products are fastest."""
     many, width = piece.shape[0] * piece.shape[1], made[1].shape[1]
     d_q = made[0].view(many, -1, width)
     blocks = row.blocks(piece)
-    # a column for each head: numbers that lie apart copy slowly
-    future = laid[0].new_full((ROWS, ROWS), -math.inf).tril_(-1).repeat_interleave(row.shared, 1)
     totals: tuple[Tensor, ...] = ()
     for first, last in to_do(blocks[::-1]):  # the last rows meet all keys: the others' sums fit into theirs
         q, g = (_taken(rows, piece[..., first:last], width + COLUMNS) for rows in laid[:2])

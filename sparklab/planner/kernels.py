@@ -326,7 +326,7 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
     b = engine.compute_bytes
     queries, keys = part.heads * part.head_dim * b, part.kv_heads * part.head_dim * b
     narrow = part.value_dim or part.head_dim
-    sizes = {part.query: queries, part.key: keys, part.value: (values := part.kv_heads * narrow * b)}
+    sizes = {part.query: queries, part.key: keys, part.value: part.kv_heads * narrow * b}
     out, kept, padded = f"{part.writes}:out", f"{part.writes}:kept", narrow < part.head_dim
     needs_grad, blockwise = any(name in grads for name in sizes), _is_blockwise(part, engine)
     document = 0.0 if blockwise or engine.on_gpu else engine.longest / engine.tokens  # of the row, worked on apart
@@ -372,7 +372,7 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
                 tape.spike(keys)
             if name in grads:
                 tape.accumulate(f"d:{name}", size)
-        wider = keys - values if padded and not blockwise else 0  # the values' gradient, until it is cut to their width
+        wider = keys - sizes[part.value] if padded and not blockwise else 0  # the values' gradient, until it is cut to their width
         tape.spike((queries + 2 * keys) * (1 if row else document) + wider)
         tape.drop_any("pieces", out, f"{part.writes}:lse", "padded gradient", gradient, *(f"{kept}:{name}" for name in sizes))
 

@@ -38,7 +38,7 @@ class Ledger(Step):
 
     def _evaluate(self) -> list[Moment]:
         tokens, hidden, width = self.tokens, self.anatomy.hidden, self.width
-        vocabulary, work = self.anatomy.vocabulary, self._at_work(self._plain, "one layer forward, nothing kept")
+        vocabulary, work = self.anatomy.vocabulary, self._at_work(self._forward(self.engine), "one layer forward, nothing kept")
         if self.recipe.loss == "chunked":
             tile: tuple[Item, ...] = (
                     Item("loss", 2.0 * hidden * width * tokens, lambda: f"hidden states, all and supervised: {tokens:,} x 2 x {hidden:,} x {width} B"),
@@ -48,12 +48,8 @@ class Ledger(Step):
                     Item("all logits", 8.0 * tokens * vocabulary, lambda: f"{tokens:,} tokens x {vocabulary:,} x 8 B (in fp32, and log-softmax)"))  # fmt: skip
         return [Moment("forward pass", (self.shared, *work)), Moment("loss", (self.shared, *tile))]
 
-    @cached_property
-    def _plain(self) -> Peak:
-        """A token while a layer runs forward without gradients; the model keeps the embedding's output until its last layer is done."""
-        return self._forward(self.engine)
-
     def _forward(self, engine: Engine) -> Peak:
+        """A token while a layer runs forward without gradients; the model keeps the embedding's output until its last layer is done."""
         highest = max(layer_bytes(block.parts, engine).plain for block in self.anatomy.blocks)
         return Peak(highest.size + self.anatomy.hidden * self.width, highest.unpacked)
 

@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import platform
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -80,17 +80,17 @@ def complete(directory: RunDirectory) -> None:
         write_json(directory.path / "environment.json", {**environment, "model": model_manifest(directory.recipe.model)})
 
 
-def changes(directory: RunDirectory) -> dict[str, str]:
-    """What is not as it was when the run started, by name, and how; empty where nothing has changed."""
+def changes(directory: RunDirectory, names: Collection[str] = NAMES) -> dict[str, str]:
+    """What of ``names`` is not as it was when the run started, by name, and how; empty where nothing has changed. Nothing else is read."""
     was, recipe = directory.read_json("environment"), directory.recipe
-    found = {
-        "recipe": _recipe_change(was, recipe),
-        "data": _data_change(was.get("data"), recipe.data, recipe.format),
-        "held_out": _data_change(was.get("held_out"), recipe.held_out, recipe.format) if isinstance(recipe.held_out, str) else "",
-        "model": _model_change(was.get("model"), recipe.model),
-        "versions": _versions_change(was.get("versions")),
+    looks: dict[str, Callable[[], str]] = {
+        "recipe": lambda: _recipe_change(was, recipe),
+        "data": lambda: _data_change(was.get("data"), recipe.data, recipe.format),
+        "held_out": lambda: _data_change(was.get("held_out"), recipe.held_out, recipe.format) if isinstance(recipe.held_out, str) else "",
+        "model": lambda: _model_change(was.get("model"), recipe.model),
+        "versions": lambda: _versions_change(was.get("versions")),
     }
-    return {name: one_line(how, 600) for name, how in found.items() if how}
+    return {name: one_line(how, 600) for name, look in looks.items() if name in names and (how := look())}
 
 
 def check(directory: RunDirectory, accept: Collection[str] = ()) -> dict[str, str]:
@@ -108,9 +108,7 @@ def check(directory: RunDirectory, accept: Collection[str] = ()) -> dict[str, st
             fix = put_back(gone)
         else:
             fix = f"put it back as it was; or go on with it: run.resume(accept=({names},)), sparklab resume {directory.path} --accept {' '.join(found)}"
-        error = _changed(directory, {name: found[name] for name in refused}, fix)
-        error.changed = tuple(found)
-        raise error
+        raise _changed(directory, found, refused, fix)
     if found:
         before = directory.read_json("environment")
         history, told = before.pop("before", []), before.pop("accepted", [])
@@ -121,13 +119,13 @@ def check(directory: RunDirectory, accept: Collection[str] = ()) -> dict[str, st
 
 def check_same(directory: RunDirectory, names: Collection[str]) -> None:
     """Raises :class:`RunChanged` where one of ``names`` is not as it was: what the run learned would be measured against something else."""
-    found = {name: how for name, how in changes(directory).items() if name in names}
+    found = changes(directory, names)
     if found:
-        raise _changed(directory, found, "put it back as it was, or train anew on what is there now")
+        raise _changed(directory, found, found, "put it back as it was, or train anew on what is there now")
 
 
-def _changed(directory: RunDirectory, found: dict[str, str], fix: str) -> RunChanged:
-    listed = "".join(f"\n  - {name}: {how}" for name, how in found.items())
+def _changed(directory: RunDirectory, found: dict[str, str], refused: Collection[str], fix: str) -> RunChanged:
+    listed = "".join(f"\n  - {name}: {how}" for name, how in found.items() if name in refused)
     error = RunChanged(f"{directory.path} was started with something else than what lies there now:{listed}", fix)
     error.changed = tuple(found)
     return error

@@ -85,6 +85,7 @@ def test_data_that_has_moved_is_named_with_where_it_was(small_recipe, tmp_path):
     with pytest.raises(RunChanged, match=r"started with something else than what lies there now:\s+- data: ") as changed:
         run.evaluate()
     assert changed.value.changed == ("data",)
+    assert run.compare("Hello!", max_new_tokens=2).rows  # which asks nothing of the records
 
 
 def test_no_result_yet(small_recipe, tmp_path):
