@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparklab.engine import flex
 from sparklab.engine.blockwise import attend
-from sparklab.engine.cpu_attention import ByProducts, PerDocument, Row
+from sparklab.engine.cpu_attention import AttentionByProducts, AttentionPerDocument, Row
 from sparklab.engine.device import on_gpu
 from sparklab.errors import ModelError
 
@@ -59,7 +59,7 @@ def packed_attention(
         if query.device.type == "cpu" and not windowed:
             products = query.dtype == torch.bfloat16 and not on_gpu(query)
             places = _places(cu_seq_lens_q, lengths, query.shape[1], key.shape[1]) if products else lengths
-            out: Tensor = (ByProducts if products else PerDocument).apply(query, key, value, places, scale)  # type: ignore[no-untyped-call]
+            out: Tensor = (AttentionByProducts if products else AttentionPerDocument).apply(query, key, value, places, scale)  # type: ignore[no-untyped-call]
             return out[..., :width], None
     if (blockwise or windowed or query.shape[-1] > VARLEN_WIDTH) and not dropped:
         together = flex.attend(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap, s_aux)

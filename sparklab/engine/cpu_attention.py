@@ -29,7 +29,7 @@ from sparklab.planner.cpu_attention import COLUMNS, PRODUCTS, ROWS, documents_at
 _aten: Final = torch.ops.aten
 
 
-class PerDocument(torch.autograd.Function):
+class AttentionPerDocument(torch.autograd.Function):
     """Flash attention's kernels, a document at a time: of query [1, H, T, D], key and value [1, G, T, D], the documents' lengths and the scale.
 
     out is [1, T, H, D], as linears read it; so lie the gradients.
@@ -107,7 +107,7 @@ class Row:
         return made.index_select(0, self._back).view(1, self.tokens, -1, width)
 
 
-class ByProducts(torch.autograd.Function):
+class AttentionByProducts(torch.autograd.Function):
     """The same by products, for bf16: of query [1, H, T, D], key and value [1, G, T, D], where the row's documents lie, and the scale."""
 
     @staticmethod

@@ -21,7 +21,7 @@ from typing import Any, Final
 from torch import nn
 
 from sparklab.box import Box
-from sparklab.engine import attention, frozen_mlp, liger, lora, mlp, norm, rotary, tables
+from sparklab.engine import attention, frozen_mlp, liger, lora, mlp, norm, rotary, rotary_tables
 from sparklab.model import experts
 from sparklab.model.load import BaseMaker, load_model
 from sparklab.planner.recipe import Recipe
@@ -36,7 +36,7 @@ def ready_model(recipe: Recipe, box: Box, make_base: BaseMaker | None = None) ->
     """
     attention.register()
     model = load_model(recipe, box, attention.NAME, make_base)
-    tables.by_document(model)
+    rotary_tables.by_document(model)
     left = fit(model, recipe)
     setattr(model, _LEFT, (*experts.left_to_stock(model), *left) if recipe.engine == "fast" else ())
     return model

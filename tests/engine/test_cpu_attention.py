@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparklab.engine.cpu_attention import ByProducts, Row
+from sparklab.engine.cpu_attention import AttentionByProducts, Row
 from sparklab.engine.storages import StorageTracker
 from sparklab.planner.cpu_attention import (
     MULTIPLE,
@@ -43,7 +43,7 @@ def in_fp64(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: floa
 
 def gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lengths: list[int], scale: float) -> tuple[Tensor, ...]:
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-    out: Tensor = ByProducts.apply(*leaves, Row(lengths, query.shape[1], key.shape[1]), scale)
+    out: Tensor = AttentionByProducts.apply(*leaves, Row(lengths, query.shape[1], key.shape[1]), scale)
     out.backward(grad.transpose(1, 2))
     return tuple(leaf.grad for leaf in leaves)  # type: ignore[misc]
 
@@ -89,7 +89,9 @@ def test_heads_that_lie_in_one_projection() -> None:
     lengths = [40, PRODUCTS + 50, 41]
     apart = torch.randn(1, sum(lengths), 2, 3, 16).bfloat16().unbind(3)
     row = Row(lengths, 2, 2)
-    ours, laid = (ByProducts.apply(*(tensor.transpose(1, 2) for tensor in some), row, 0.25) for some in (apart, [tensor.contiguous() for tensor in apart]))
+    ours, laid = (
+        AttentionByProducts.apply(*(tensor.transpose(1, 2) for tensor in some), row, 0.25) for some in (apart, [tensor.contiguous() for tensor in apart])
+    )
     assert torch.equal(ours, laid)
 
 
@@ -98,7 +100,7 @@ def test_holds_what_the_planner_says(lengths: list[int], heads: int, groups: int
     query, key, value, grad = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in case(sum(lengths), heads, groups, 64, 1.0))  # as linears write
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     with StorageTracker() as forward:  # type: ignore[no-untyped-call]
-        out: Tensor = ByProducts.apply(*leaves, Row(lengths, heads, groups), 0.125)
+        out: Tensor = AttentionByProducts.apply(*leaves, Row(lengths, heads, groups), 0.125)
     given, made = 2 * 64 * sum(lengths) * (heads + 2 * groups), (2 * 64 + 4) * heads * sum(lengths)  # they come by as they are used
     sizes = sum(lengths), max(lengths), heads, groups, 64
     held, kept = max(forward_bytes(*sizes), made), kept_bytes(*sizes[:4])

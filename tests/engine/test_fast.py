@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from sparklab.engine import attention, blockwise, fast, frozen_mlp, lora, mlp, norm, rotary, tables
-from sparklab.engine.cpu_attention import PerDocument
+from sparklab.engine import attention, blockwise, fast, frozen_mlp, lora, mlp, norm, rotary, rotary_tables
+from sparklab.engine.cpu_attention import AttentionPerDocument
 from sparklab.engine.loss import chunked_cross_entropy
 from sparklab.planner.recipe import Recipe
 
@@ -295,7 +295,7 @@ TWICE = {
     "linear": lambda x: lora.apply(x, [lora.Adapters(lora.Frozen(torch.nn.Linear(8, 8).requires_grad_(False), lora.Buffer()), x[:2], x[:, :2], 1.0)])[0],
     "norm": lambda x: norm._RMSNorm.apply(x, x[0], 1e-6, "llama"),
     "turn": lambda x: rotary.apply(x[None, None], x[None, None], x[None], x[None])[0],
-    "a document": lambda x: PerDocument.apply(x[None, None], x[None, None], x[None, None], [8], 1.0),
+    "a document": lambda x: AttentionPerDocument.apply(x[None, None], x[None, None], x[None, None], [8], 1.0),
     "block by block": lambda x: blockwise.attend(x[None, None], x[None, None], x[None, None], 1.0, None, None, None),
     "loss": lambda x: chunked_cross_entropy(x, x, torch.arange(8), 1.0),
 }
@@ -322,7 +322,7 @@ def test_a_text_turns_at_its_own_pace_whatever_is_asked_beside_it(kind):
     rope = {"rope_type": kind, "rope_theta": 1e4, **PACES[kind]}
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=positions, rope_parameters=rope)
     model = torch.nn.ModuleList([LlamaRotaryEmbedding(config)])
-    tables.by_document(model)
+    rotary_tables.by_document(model)
     batch = torch.stack([torch.arange(count).clamp(max=last) for count, last in ((40, 39), (40, 4), (40, 29))])
     whole = model[0](torch.zeros(()), batch)
     paces = set()

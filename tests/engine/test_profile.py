@@ -44,8 +44,9 @@ def profiled(folder, heavy=None, slow_data=0.0, **changes):
     return profiler.seconds
 
 
-def test_the_parts_sum_to_the_update(tmp_path):
-    seconds = profiled(tmp_path)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])  # on a CPU attention is flash attention's kernels in one, products in the other
+def test_the_parts_sum_to_the_update(tmp_path, dtype):
+    seconds = profiled(tmp_path, dtype=dtype)
     assert tuple(seconds) == KINDS
     assert all(seconds[kind] > 0 for kind in ("matrix products", "attention", "elementwise", "loss", "optimizer", "data wait", "other"))
     assert seconds["unpacking 4 bits"] == 0
