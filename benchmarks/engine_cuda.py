@@ -1,23 +1,26 @@
-"""The training step at real size on one CUDA device, beside TRL with PEFT and Unsloth. Not run on one yet: none could be had when it was written.
+"""The training step at real size on one CUDA device, beside TRL with PEFT and Unsloth.
 
-Run: python benchmarks/engine_cuda.py [--case NAME ...] [--by ours trl unsloth] [--updates 6] [--repeats 2] [--unsloth PYTHON] [--out FILE]
+Run: python benchmarks/engine_cuda.py [--case NAME ...] [--by ours trl unsloth] [--updates 8] [--repeats 1] [--unsloth PYTHON] [--out FILE]
 
-Random weights at real size, nothing downloaded but TRL, which goes into a folder of its own. Unsloth wants other versions of most packages: ``--unsloth``
+Random weights at real size, nothing downloaded but TRL, which goes into a folder of its own. Unsloth wants other versions of some packages: ``--unsloth``
 is the interpreter of an environment that has it, and it reads a checkpoint, so random weights are written to disk for it. Whatever is missing, does not
 fit or fails is a row that says so.
 
-Each measurement is a process of its own; the sides take turns. A row is one document as long as itself, so nothing is padded, and packing would add
-nothing for anybody. Adapters of rank 16 on all linear layers (of a mixture: on attention). TRL comes with Liger's kernels where they can be imported,
-fp32 adapters and bf16 autocast (4 bits: bf16 adapters), as it comes. Tokens a second are the median update's, the first left out, and beside it the
-share of the bf16 matrix-product ceiling measured in the same process that the arithmetic makes which LoRA needs (4 x the weights a token meets, head
-included, and causal attention's 7 x T x width a layer; recompute not counted), and the peak that the allocator gave out and held. Without a CUDA device
-the toy goes through all of it on the CPU, which proves the script and measures nothing.
+Each measurement is a process of its own, started ahead so that it only computes once its turn comes; the sides take turns. A row is one document as long
+as itself, so nothing is padded, and packing would add nothing for anybody. Adapters of rank 16 on all linear layers (of a mixture: on attention). Ours
+checkpoints as many layers as its plan for this device's free memory says; the others none where that fits, else all. TRL comes with Liger's kernels
+where they can be imported, fp32 adapters and bf16 autocast (4 bits: bf16 adapters), as it comes. Tokens a second are the median update's, the first
+left out, with the slowest and the fastest; beside it the share of the bf16 matrix-product ceiling measured in the same process that the arithmetic makes
+which LoRA needs (4 x the weights a token meets, head included, and causal attention's 7 x T x width a layer; recompute not counted), what the plan says of
+tensors, and the peak that the allocator gave out and held. Without a CUDA device the toy goes through all of it on the CPU, which proves the script and
+measures nothing.
 """
 
 # ruff: noqa: PLC0415 - each process imports what it measures, and no more
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -50,15 +53,15 @@ TOY = {**DENSE, "vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, 
 TOY_MIXTURE = {**QWEN_30B_A3B, "vocab_size": 500, "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 160, "num_hidden_layers": 2,
                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2,
                "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-# name: (config, method, tokens in a row, which is one document, layers checkpointed)
+# name: (config, method, tokens in a row, which is one document, layers that the others checkpoint: "fits" is none, and all where memory runs out)
 CASES: dict[str, tuple[dict[str, Any], str, int, str]] = {
-    "8b-lora-2048": (LLAMA_8B, "lora", 2048, "none"),
+    "8b-lora-2048": (LLAMA_8B, "lora", 2048, "fits"),
     "8b-lora-8192": (LLAMA_8B, "lora", 8192, "all"),
-    "8b-qlora-2048": (LLAMA_8B, "qlora", 2048, "none"),
+    "8b-qlora-2048": (LLAMA_8B, "qlora", 2048, "fits"),
     "8b-qlora-8192": (LLAMA_8B, "qlora", 8192, "all"),
     "32b-lora-2048": (QWEN_32B, "lora", 2048, "all"),
     "70b-qlora-2048": (LLAMA_70B, "qlora", 2048, "all"),
-    "30b-a3b-lora-2048": (QWEN_30B_A3B, "lora", 2048, "all"),
+    "30b-a3b-lora-2048": (QWEN_30B_A3B, "lora", 2048, "fits"),
     "toy": (TOY, "lora", 128, "none"),
     "toy-qlora": (TOY, "qlora", 128, "all"),
     "toy-mixture": (TOY_MIXTURE, "lora", 128, "all"),
@@ -142,8 +145,22 @@ def recipe_of(folder: Path, method: str, layers: str, tokens: int, updates: int)
     return Recipe(model=str(folder), data="none", dtype="bf16", held_out=0.0, rank=16, alpha=32.0, **settings)
 
 
-def ours(config: dict[str, Any], method: str, tokens: int, layers: str, updates: int, folder: Path) -> list[float]:
-    """Seconds of each update by the worker's own model and Trainer."""
+def planned_recipe(config: dict[str, Any], method: str, tokens: int, layers: str, updates: int, folder: Path) -> tuple[Any, float]:
+    """Our recipe, with as many layers checkpointed as ``layers`` says or, where it is "plan", as the plan for this machine does; and GiB of tensors planned."""
+    from sparklab.planner.solver import plan
+    from sparklab.run.rehearsal import UNSEEN_ANYWHERE
+    from sparklab.units import GIB
+
+    write_config(config, folder)
+    recipe = recipe_of(folder, method, "none" if layers == "plan" else layers, tokens, updates)
+    if layers == "plan":
+        kept = {key: value for key, value in recipe.to_dict().items() if key not in ("model", "method", "checkpoint_layers")}
+        recipe = plan(str(folder), method=recipe.method, **kept).best().recipe
+    return recipe, plan(recipe).ledger.seen_bytes("train", UNSEEN_ANYWHERE) / GIB
+
+
+def ours(config: dict[str, Any], method: str, tokens: int, layers: str, updates: int, folder: Path) -> tuple[list[float], dict[str, Any]]:
+    """Seconds of each update by the worker's own model and Trainer; and what was planned."""
     from transformers import PrinterCallback
 
     from sparklab.box import Box
@@ -153,13 +170,16 @@ def ours(config: dict[str, Any], method: str, tokens: int, layers: str, updates:
     from sparklab.engine.trainer import PackedTrainer
     from sparklab.model.blank import blank_base
 
-    write_config(config, folder)
-    recipe = recipe_of(folder, method, layers, tokens, updates)
+    recipe, planned_gib = planned_recipe(config, method, tokens, layers, updates, folder)
     rows = [make_row([Document(ids, [-100, *ids[1:]])]) for ids in tokens_of(config, tokens, updates)]
     told, ends = ends_of_updates()
     trainer = PackedTrainer(ready_model(recipe, Box.detect(), blank_base), recipe, folder, rows, (), callback=told)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    return durations(ends), {"checkpointed": str(recipe.checkpoint_layers), "planned_gib": planned_gib}
+
+
+def durations(ends: list[float]) -> list[float]:
     return [later - earlier for earlier, later in itertools.pairwise(ends)]
 
 
@@ -184,7 +204,7 @@ def trl(config: dict[str, Any], method: str, tokens: int, layers: str, updates: 
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
     data = Dataset.from_dict({"input_ids": tokens_of(config, tokens, updates)})
     SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer_of(config["vocab_size"]), peft_config=lora, callbacks=[told]).train()
-    return [later - earlier for earlier, later in itertools.pairwise(ends)]
+    return durations(ends)
 
 
 def unsloth(config: dict[str, Any], method: str, tokens: int, layers: str, updates: int, folder: Path) -> list[float]:
@@ -214,7 +234,7 @@ def unsloth(config: dict[str, Any], method: str, tokens: int, layers: str, updat
     )  # fmt: skip
     data = Dataset.from_dict({"input_ids": tokens_of(config, tokens, updates)})
     SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[told]).train()
-    return [later - earlier for earlier, later in itertools.pairwise(ends)]
+    return durations(ends)
 
 
 def write_checkpoint(config: dict[str, Any], folder: Path) -> None:
@@ -246,24 +266,45 @@ def write_checkpoint(config: dict[str, Any], folder: Path) -> None:
 
 def one(name: str, updates: int, by: str) -> dict[str, Any]:
     """One measurement, in this process."""
-    config, method, tokens, layers = CASES[name]
-    cuda = torch.cuda.is_available()
-    top = ceiling(8192 if cuda else 256)
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    config, method, tokens, peers = CASES[name]
+    top = ceiling(8192 if torch.cuda.is_available() else 256)
+    told: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        seconds = {"ours": ours, "trl": trl, "unsloth": unsloth}[by](config, method, tokens, layers, updates, Path(folder))
-    rate = tokens / statistics.median(seconds)
-    gib = (torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30) if cuda else (float("nan"),) * 2
+        if by == "ours":
+            seconds, told = ours(config, method, tokens, "plan" if torch.cuda.is_available() else peers.replace("fits", "none"), updates, Path(folder))
+        else:
+            for layers in ("none", "all") if peers == "fits" else (peers,):
+                start_afresh()
+                try:
+                    seconds = {"trl": trl, "unsloth": unsloth}[by](config, method, tokens, layers, updates, Path(folder))
+                    break
+                except torch.OutOfMemoryError:
+                    if layers == "all":
+                        raise
+            told = {"checkpointed": layers}
+    rates = sorted(tokens / each for each in seconds)
+    rate = statistics.median(rates)
+    gib = [peak() / 2**30 for peak in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)] if torch.cuda.is_available() else [float("nan")] * 2
     return {
         "tokens_per_second": rate,
+        "least": rates[0],
+        "most": rates[-1],
         "share": rate * needed_flops(config, tokens) / top,
         "ceiling_tflops": top / 1e12,
+        "planned_gib": float("nan"),
         "allocated_gib": gib[0],
         "reserved_gib": gib[1],
-        "versions": {package: version_of(package) for package in ("torch", "transformers", "peft", "trl", "unsloth", "liger-kernel")},
+        **told,
+        "versions": {package: version_of(package) for package in ("torch", "transformers", "peft", "trl", "unsloth", "liger-kernel", "bitsandbytes")},
     }
+
+
+def start_afresh() -> None:
+    """Gives back what an attempt that ran out of memory left, and forgets its peak."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def version_of(package: str) -> str | None:
@@ -275,20 +316,42 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def measure(name: str, by: str, updates: int, python: str, extra: Path | None) -> dict[str, Any]:
-    """One measurement in a process of its own; where it fails, ``{"failed": why}``."""
+def started(name: str, by: str, updates: int, python: str, extra: Path | None) -> subprocess.Popen[str] | OSError:
+    """The process of a measurement, which loads what it needs and waits for its turn; what the system says where it cannot be."""
     command = [python, __file__, "--case", name, "--one", by, "--updates", str(updates)]
     folders = [str(HERE.parent), *([str(extra)] if extra is not None else []), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     try:
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)}, capture_output=True, text=True, check=False, timeout=3600)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    except OSError as error:
+        return error
+
+
+def measure(process: subprocess.Popen[str] | OSError) -> dict[str, Any]:
+    """What a process measures once it is its turn; where it fails, ``{"failed": why}``."""
+    if isinstance(process, OSError):
+        return {"failed": str(process)[:200]}
+    try:
+        stdout, stderr = process.communicate("go\n", timeout=3600)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
         return {"failed": str(error)[:200]}
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no word"]
+    if process.returncode:
+        said = stderr.strip().splitlines() or ["no word"]
         out = [line for line in said if "out of memory" in line.lower()]
-        return {"failed": f"out of memory: {out[-1][:160]}" if out else said[-1][:200] if done.returncode > 0 else f"ended by signal {-done.returncode}"}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return {"failed": f"out of memory: {out[-1][:160]}" if out else said[-1][:200] if process.returncode > 0 else f"ended by signal {-process.returncode}"}
+    found: dict[str, Any] = json.loads(stdout.strip().splitlines()[-1])
     return found
+
+
+def loaded(by: str) -> None:
+    """Imports what a side needs, so that its turn begins with its work."""
+    for module in {"ours": ("sparklab.engine.trainer", "sparklab.engine.fast", "bitsandbytes"), "trl": ("trl", "bitsandbytes"), "unsloth": ("unsloth",)}[by]:
+        import_module(module)
+
+
+HEADS = ("case", "by", "layers checkpointed", "tokens/s, median (least to most)", "ours is", "share of the ceiling", "ceiling TFLOP/s", "planned GiB",
+         "allocated GiB", "reserved GiB", "what went wrong")  # fmt: skip
 
 
 def row(name: str, by: str, found: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
@@ -296,13 +359,14 @@ def row(name: str, by: str, found: list[dict[str, Any]], base: list[dict[str, An
     good, wrong = ([one for one in found if ("failed" in one) is failed] for failed in (False, True))
     said = f"{len(wrong)} of {len(found)} failed: {wrong[0]['failed']}".replace("|", "/") if wrong else ""
     if not good:
-        return f"| {name} | {by} | | | | | | | {said} |"
-    told = {key: statistics.median(one[key] for one in good) for key in good[0] if key != "versions"}
+        return f"| {name} | {by} {'| ' * (len(HEADS) - 3)}| {said} |"
+    told = {key: statistics.median(one[key] for one in good) for key, value in good[0].items() if isinstance(value, float)}
     ours = [one["tokens_per_second"] for one in base if "failed" not in one]
     ratio = f"{statistics.median(ours) / told['tokens_per_second']:.2f}x" if ours and by != "ours" else ""
-    each = ", ".join(f"{one['tokens_per_second']:,.0f}" for one in good)
-    return (f"| {name} | {by} | {told['tokens_per_second']:,.0f} ({each}) | {ratio} | {told['share']:.1%} | {told['ceiling_tflops']:.4g} "
-            f"| {told['allocated_gib']:.2f} | {told['reserved_gib']:.2f} | {said} |")  # fmt: skip
+    spread = f"{min(one['least'] for one in good):,.0f} to {max(one['most'] for one in good):,.0f}"
+    planned = "" if told["planned_gib"] != told["planned_gib"] else f"{told['planned_gib']:.2f}"
+    return (f"| {name} | {by} | {good[0]['checkpointed']} | {told['tokens_per_second']:,.0f} ({spread}) | {ratio} | {told['share']:.1%} "
+            f"| {told['ceiling_tflops']:.4g} | {planned} | {told['allocated_gib']:.2f} | {told['reserved_gib']:.2f} | {said} |")  # fmt: skip
 
 
 def lacking(by: str, python: str) -> str:
@@ -332,34 +396,55 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=list(CASES))
     parser.add_argument("--by", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--updates", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--updates", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--unsloth", default=sys.executable, help="interpreter of an environment with Unsloth")
     parser.add_argument("--out", type=Path, default=HERE / "engine_cuda.md")
     parser.add_argument("--one", choices=SIDES, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
+        loaded(asked.one)
+        sys.stdin.readline()
         print(json.dumps(one(asked.case[0], asked.updates, asked.one)))
         return
-    cuda = torch.cuda.is_available()
-    where = f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, CUDA {torch.version.cuda}" if cuda else "no CUDA device: the script's own proof"
-    lines = ["# The engine on CUDA", "", f"`python benchmarks/engine_cuda.py {' '.join(sys.argv[1:])}`; {where}.", ""]
-    lines += ["| case | by | tokens/s, median (all) | ours is | share of the ceiling | ceiling TFLOP/s | allocated GiB | reserved GiB | what went wrong |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    names = asked.case or ([case for case in CASES if case not in TOYS] if torch.cuda.is_available() else TOYS)
+    take_turns(names, asked)
+    print(asked.out.read_text(encoding="utf-8"))
+
+
+def take_turns(names: list[str], asked: argparse.Namespace) -> None:
+    """Measures all that is asked for, the next process loading while the one before computes; writes the table anew after each."""
+    where = (
+        f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+        if torch.cuda.is_available()
+        else "no CUDA device: the script's own proof"
+    )
+    lines = [
+        "# The engine on CUDA",
+        "",
+        f"`python benchmarks/engine_cuda.py {' '.join(sys.argv[1:])}`; {where}.",
+        "",
+        f"| {' | '.join(HEADS)} |",
+        "|---" * len(HEADS) + "|",
+    ]
     extra = trl_folder() if "trl" in asked.by else None
     missing = {by: lacking(by, asked.unsloth) for by in asked.by}
+    turns = [(name, by) for name in names for _ in range(asked.repeats) for by in asked.by if not missing[by]]
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {(name, by): [{"failed": why}] if why else [] for name in names for by, why in missing.items()}
     versions: dict[str, Any] = {}
-    for name in asked.case or ([case for case in CASES if case not in TOYS] if cuda else TOYS):
-        found: dict[str, list[dict[str, Any]]] = {by: [{"failed": why}] if why else [] for by, why in missing.items()}
-        for _ in range(asked.repeats):  # taking turns
-            for by in asked.by:
-                if not missing[by]:
-                    found[by].append(measure(name, by, asked.updates, asked.unsloth if by == "unsloth" else sys.executable, extra if by == "trl" else None))
-                    versions |= {by: found[by][-1].get("versions", versions.get(by))}
-        lines += [row(name, by, found[by], found.get("ours", [])) for by in asked.by]
-        told = "; ".join(f"{by}: {', '.join(f'{k} {v}' for k, v in found.items() if v)}" for by, found in versions.items() if found)
-        asked.out.write_text("\n".join([*lines, "", f"Versions. {told}", ""]), encoding="utf-8")
-    print(asked.out.read_text(encoding="utf-8"))
+
+    def start(turn: tuple[str, str]) -> subprocess.Popen[str] | OSError:
+        name, by = turn
+        return started(name, by, asked.updates, asked.unsloth if by == "unsloth" else sys.executable, extra if by == "trl" else None)
+
+    waiting = [start(turn) for turn in turns[:1]]
+    for number, turn in enumerate(turns):
+        waiting += [start(after) for after in turns[number + 1 : number + 2]]
+        found[turn].append(measure(waiting.pop(0)))
+        versions |= {turn[1]: found[turn][-1].get("versions", versions.get(turn[1]))}
+        rows = [row(name, by, found[name, by], found.get((name, "ours"), [])) for name in names for by in asked.by if found[name, by]]
+        told = "; ".join(f"{by}: {', '.join(f'{k} {v}' for k, v in each.items() if v)}" for by, each in versions.items() if each)
+        asked.out.write_text("\n".join([*lines, *rows, "", f"Versions. {told}", ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

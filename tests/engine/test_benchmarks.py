@@ -26,7 +26,7 @@ def test_a_toy_goes_through_our_side_of_the_cuda_benchmark(case):
 
     found = engine_cuda.one(case, 3, "ours")
     assert found["tokens_per_second"] > 0 and found["share"] > 0
-    assert found["versions"]["torch"]
+    assert found["versions"]["torch"] and found["planned_gib"] > 0
 
 
 def test_every_case_of_the_issue_is_there():
@@ -81,6 +81,23 @@ def test_the_random_checkpoint_is_read_whole(tmp_path, monkeypatch):
         engine_cuda.write_checkpoint(engine_cuda.TOY, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_peer_that_runs_out_of_memory_checkpoints_all_layers(monkeypatch):
+    import engine_cuda
+
+    tried = []
+
+    def peer(config, method, tokens, layers, updates, folder):
+        tried.append(layers)
+        if layers == "none":
+            raise torch.OutOfMemoryError
+        return [0.5]
+
+    monkeypatch.setattr(engine_cuda, "trl", peer)
+    monkeypatch.setitem(engine_cuda.CASES, "toy", (*engine_cuda.CASES["toy"][:3], "fits"))
+    assert engine_cuda.one("toy", 3, "trl")["checkpointed"] == "all" and tried == ["none", "all"]
+
+
 def test_what_fails_is_a_row(tmp_path):
     import engine_cuda
 
@@ -89,10 +106,11 @@ def test_what_fails_is_a_row(tmp_path):
                                (1, "ValueError: a | b", "ValueError: a | b"), (137, "", "no word")):  # fmt: skip
         broken.write_text(f"#!/bin/sh\necho '{stderr}' >&2\nexit {code}\n")
         broken.chmod(0o755)
-        assert said in engine_cuda.measure("toy", "ours", 2, str(broken), None)["failed"]
-    assert "No such file" in engine_cuda.measure("toy", "ours", 2, str(tmp_path / "nowhere"), None)["failed"]
-    good = {"tokens_per_second": 100.0, "share": 0.5, "ceiling_tflops": 90.0, "allocated_gib": 1.0, "reserved_gib": 2.0, "versions": {}}
+        assert said in engine_cuda.measure(engine_cuda.started("toy", "ours", 2, str(broken), None))["failed"]
+    assert "No such file" in engine_cuda.measure(engine_cuda.started("toy", "ours", 2, str(tmp_path / "nowhere"), None))["failed"]
+    good = {"tokens_per_second": 100.0, "least": 90.0, "most": 110.0, "share": 0.5, "ceiling_tflops": 90.0, "planned_gib": float("nan"),
+            "allocated_gib": 1.0, "reserved_gib": 2.0, "checkpointed": "none", "versions": {}}  # fmt: skip
     line = engine_cuda.row("toy", "trl", [{**good, "tokens_per_second": 40.0}, {"failed": "ValueError: a | b"}], [good])
-    assert line == "| toy | trl | 40 (40) | 2.50x | 50.0% | 90 | 1.00 | 2.00 | 1 of 2 failed: ValueError: a / b |"
+    assert line == "| toy | trl | none | 40 (90 to 110) | 2.50x | 50.0% | 90 |  | 1.00 | 2.00 | 1 of 2 failed: ValueError: a / b |"
     assert engine_cuda.row("toy", "trl", [{"failed": "x"}], [good]).count("|") == line.count("|")
     assert "needs a GPU" in engine_cuda.lacking("unsloth", sys.executable) or torch.cuda.is_available()
