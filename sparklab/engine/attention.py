@@ -10,6 +10,9 @@ the document, anywhere soft-capped scores and sinks) is done by :mod:`sparklab.e
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -54,7 +57,7 @@ def packed_attention(
     dropped = dropout if module.training else 0.0
     if not blockwise and not dropped:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= VARLEN_WIDTH:
+        if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= VARLEN_WIDTH and not query.shape[-1] % 8:
             return _varlen(query, key, value, cu_seq_lens_q, max(lengths), scale, sliding_window)[..., :width], None
         if query.device.type == "cpu" and not windowed:
             products = query.dtype == torch.bfloat16 and not on_gpu(query)
@@ -94,13 +97,20 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest:
 
     there: Any = getattr(borders, _THERE, None)
     if there is None:  # once a row, not once a layer
-        there = borders.to(query.device)
+        there = borders.to(query.device, non_blocking=True)
         setattr(borders, _THERE, there)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     seen = (-1 if window is None else window - 1, 0)
-    out: Any = varlen_attn(q, k, v, there, there, longest, longest, scale=scale, window_size=seen, enable_gqa=q.shape[1] != k.shape[1])
+    grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _asks_for_groups(varlen_attn) else {}
+    out: Any = varlen_attn(q, k, v, there, there, longest, longest, scale=scale, window_size=seen, **grouped)
     joined: Tensor = out[None]
     return joined
+
+
+@cache
+def _asks_for_groups(function: Callable[..., Any]) -> bool:
+    """Whether it must be told that heads share keys: torch 2.11's kernel takes them so without a word, and refuses the word."""
+    return "enable_gqa" in inspect.signature(function).parameters
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -150,7 +150,7 @@ def block_mask(borders: Tensor, length: int, window: int | None, device: torch.d
     if window is not None:
         seen &= (apart - 1) * BLOCK + 1 < window  # the nearest pair
         whole &= (apart + 1) * BLOCK - 1 < window  # the farthest
-    there = documents.to(device=device, dtype=torch.int32)
+    there = documents.to(torch.int32).to(device, non_blocking=True)
 
     def allowed(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         same = (row >= column) & (there[row] == there[column])
@@ -163,7 +163,7 @@ def _listed(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """As BlockMask wants it: how many are chosen in each row, and which, those first; [1, 1, blocks] and [1, 1, blocks, blocks]."""
     counts = chosen.sum(1, dtype=torch.int32)
     places = torch.argsort(chosen.to(torch.int8), dim=1, descending=True, stable=True).to(torch.int32)
-    return counts[None, None].to(device), places[None, None].contiguous().to(device)
+    return counts[None, None].to(device, non_blocking=True), places[None, None].contiguous().to(device, non_blocking=True)
 
 
 def _trial(variant: Variant, query: Tensor, key: Tensor, value: Tensor, borders: Tensor, sinks: Tensor | None) -> str:

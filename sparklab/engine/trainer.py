@@ -176,9 +176,17 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self._update.clear()
         try:
             with record_function(DATA):
-                return super().get_batch_samples(*arguments, **options)
+                rows, count = super().get_batch_samples(*arguments, **options)
+            for row in rows:  # accelerate has sent all of them to the device; every layer asks the borders for numbers
+                row["cu_seq_lens_q"] = row["cu_seq_lens_q"].cpu()
+            return rows, None if count is None else float(count)  # read once an update, while the device has nothing to do
         finally:
             self.update_wait_seconds += time.perf_counter() - began
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Trainer's own, but for the borders, which stay where they are."""
+        rest = {name: tensor for name, tensor in inputs.items() if name != "cu_seq_lens_q"}
+        return {**super()._prepare_inputs(rest), "cu_seq_lens_q": inputs["cu_seq_lens_q"]}
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """As :meth:`measure_loss`, and tells the callbacks."""

@@ -2,11 +2,12 @@
 
 import errno
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from family_configs import SMALL
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from whole_step import BOX, base, documents, recipe_of, rows_of
 
 from sparklab.data.dataset import make_row
@@ -79,3 +80,18 @@ def test_nothing_of_the_pass_that_failed_is_held(tmp_path, monkeypatch):
     ours.remove_callback(PrinterCallback)
     ours.train()
     assert left == ["activations"]
+
+
+def test_the_borders_stay_where_numbers_can_be_read(tmp_path, monkeypatch):
+    """accelerate and Trainer send rows to the device; each layer's attention reads the borders, and on the device would wait for it."""
+    recipe = recipe_of(tmp_path / "model", SMALL["llama"])
+    trainer = PackedTrainer(ready_model(recipe, BOX, base), recipe, tmp_path / "run", rows_of(documents(), True, 1), (), callback=TrainerCallback())
+    borders, asked = torch.tensor([0, 3], dtype=torch.int32), []
+    there = SimpleNamespace(cpu=lambda: asked.append(1) or borders)
+    monkeypatch.setattr(Trainer, "get_batch_samples", lambda self, *given: ([{"input_ids": borders, "cu_seq_lens_q": there}], torch.tensor(7)))
+    rows, count = trainer.get_batch_samples(iter([]), 1, torch.device("cpu"))
+    assert rows[0]["cu_seq_lens_q"] is borders and asked == [1]
+    assert type(count) is float and count == 7
+    monkeypatch.setattr(Trainer, "_prepare_input", lambda self, data: {name: tensor.to("meta") for name, tensor in data.items()})
+    ready = trainer._prepare_inputs(rows[0])
+    assert ready["cu_seq_lens_q"] is borders and ready["input_ids"].is_meta

@@ -1,10 +1,13 @@
 """A packed row computes what its documents compute one by one in stock transformers and PEFT: losses and every adapter's gradient."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 from family_configs import SMALL
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention import varlen
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sparklab.data.dataset import make_row
@@ -226,3 +229,30 @@ def test_a_row_is_filled_up_by_a_document_that_teaches_nothing() -> None:
     assert _filled(whole) is whole
     with traced_for(gpu=True):
         assert _filled(row) is row
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize(("kv_heads", "window"), [(4, None), (2, None), (2, 5)])
+def test_cuda_s_kernel_is_called_in_its_own_words(asks, kv_heads, window, monkeypatch):
+    """A stand-in with the signature of torch 2.13 (``asks``) or 2.11, which knows no enable_gqa: tokens first, borders twice, the window's two sides."""
+
+    def alone(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        assert query.shape == (30, 4, 8) and key.shape == value.shape == (30, kv_heads, 8) and max_q == max_k == 17
+        assert cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k) and window_size[1] == 0
+        rows = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
+        pieces = zip(*(torch.split(tensor, cu_seq_q.diff().tolist(), 2) for tensor in rows), strict=True)
+        seen = None if window_size[0] == -1 else window_size[0] + 1
+        return torch.cat([blockwise.attend(q, k, v, scale, seen, None, None) for q, k, v in pieces], 2)[0].transpose(0, 1)
+
+    def told(*given, enable_gqa=False, **named):
+        assert enable_gqa == (kv_heads != 4)
+        return alone(*given, **named)
+
+    told.__signature__ = inspect.Signature([*inspect.signature(alone).parameters.values(), inspect.Parameter("enable_gqa", inspect.Parameter.KEYWORD_ONLY)])
+    monkeypatch.setattr(varlen, "varlen_attn", told if asks else alone)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 30, heads, 8).transpose(1, 2) for heads in (4, kv_heads, kv_heads))
+    borders = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+    given = attention._varlen(q, k, v, borders, 17, 0.3, window)
+    wanted = attention.packed_attention(torch.nn.Module(), q, k, v, scaling=0.3, cu_seq_lens_q=borders, sliding_window=window)[0]
+    torch.testing.assert_close(given, wanted)
