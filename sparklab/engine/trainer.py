@@ -400,7 +400,7 @@ def training_arguments(recipe: Recipe, folder: Path, rows: int, held_out: bool) 
     if recipe.micro_batches_per_update % ranks:
         fact = f"{ranks} processes cannot share {recipe.micro_batches_per_update} rows an update (micro_batches_per_update) evenly"
         raise RecipeError(fact, f"set micro_batches_per_update to a multiple of {ranks}, or start fewer processes")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,  # one packed row
         gradient_accumulation_steps=recipe.micro_batches_per_update // ranks,  # an update is over as many rows, however many share them
@@ -426,3 +426,5 @@ def training_arguments(recipe: Recipe, folder: Path, rows: int, held_out: bool) 
         remove_unused_columns=False,
         dataloader_pin_memory=False,  # one pool: there is nothing to copy faster to
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several that it sees, Trainer would take all, a row each, by DataParallel: one process has one
+    return arguments

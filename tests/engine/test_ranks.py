@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 from sparklab.data.dataset import make_row
 from sparklab.data.pack import epoch_order
@@ -18,6 +19,7 @@ from sparklab.data.template import Document
 from sparklab.engine.loss import chunked_cross_entropy, full_cross_entropy
 from sparklab.engine.trainer import EpochSampler, FilledUp, collate, training_arguments
 from sparklab.errors import RecipeError
+from sparklab.model.load import pick_device
 from sparklab.planner.recipe import Recipe
 
 
@@ -90,3 +92,16 @@ def test_two_processes_of_the_trainer(tmp_path):
         for rank, one in enumerate(found):
             learned = [(row, 2) if row < 5 else (-5, 0) for row in order[rank::2]]
             assert [tuple(each) for each in one["seen"][epoch]] == learned
+
+
+def test_a_process_has_one_gpu_of_several(tmp_path, monkeypatch):
+    """Left to itself, Trainer would share a row among all that it sees, by DataParallel; and every process would load its model onto the first."""
+    recipe = Recipe(model="tiny", data="none")
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    assert training_arguments(recipe, tmp_path, 100, held_out=False)._n_gpu == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device() == torch.device("cuda", 0)
+    for rank, index in (("1", 1), ("3", 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert pick_device() == torch.device("cuda", index)
