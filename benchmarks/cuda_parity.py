@@ -187,12 +187,11 @@ def flex_case(folder: Path) -> tuple[str, str]:
 def loss_case(folder: Path, dtype: torch.dtype, scale: float, cap: float | None) -> tuple[str, str]:
     """The chunked loss beside all logits at once, both in ``dtype``, against fp32; and the most that it holds beside the plan's figure for it."""
     tokens, hidden, vocabulary = (2048, 1024, 128256) if CUDA else (300, 64, 2000)
-    draw = torch.Generator().manual_seed(5)
-    states = torch.randn(tokens, hidden, generator=draw).to(torch.bfloat16).to(DEVICE, dtype)
-    head = (torch.randn(vocabulary, hidden, generator=draw) * 0.1).to(torch.bfloat16).to(DEVICE, dtype)
-    labels = torch.randint(0, vocabulary, (tokens,), generator=draw)
+    draw = {"generator": torch.Generator(DEVICE).manual_seed(5), "device": DEVICE}
+    states = torch.randn(tokens, hidden, **draw).to(torch.bfloat16).to(dtype)
+    head = (torch.randn(vocabulary, hidden, **draw) * 0.1).to(torch.bfloat16).to(dtype)
+    labels = torch.randint(0, vocabulary, (tokens,), **draw)
     labels[::5] = -100
-    labels = labels.to(DEVICE)
 
     def run(function: Callable[..., Tensor], kind: torch.dtype) -> Update:
         leaves = {"states": states.to(kind, copy=True).requires_grad_(), "head": head.to(kind, copy=True).requires_grad_()}
@@ -273,7 +272,7 @@ def waits(folder: Path, family: str, changes: dict[str, Any]) -> tuple[str, str]
             torch.cuda.set_sync_debug_mode("default")
     found: dict[str, int] = {}
     for one in said:
-        if "synchroniz" in str(one.message):
+        if "called a synchronizing" in str(one.message):
             place = f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}"
             found[place] = found.get(place, 0) + 1
     many = sorted(found.items(), key=lambda item: -item[1])
@@ -364,7 +363,7 @@ def one(case: Case) -> tuple[str, str]:
 def run(words: list[str], out: Path) -> bool:
     """All cases whose names hold one of the words; whether nothing is wrong."""
     names = ("torch", "transformers", "peft", "triton", "bitsandbytes", "liger-kernel")
-    have = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
+    have = {dist.metadata["Name"].lower().replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
     where = torch.cuda.get_device_name(DEVICE) if CUDA else "no CUDA device: the script's own proof"
     lines = ["# The engine's paths beside plain transformers, PEFT and torch", "", f"`python benchmarks/cuda_parity.py`; {where}; "
              + ", ".join(f"{name} {have[name]}" for name in names if name in have) + ".", "", "| case | found | wrong | s |", "|---|---|---|---|"]  # fmt: skip
