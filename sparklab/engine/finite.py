@@ -7,7 +7,7 @@ are to blame, or, where the recipe allows it (``skip_bad_updates``), the update 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,9 +94,9 @@ class Watch:
         return float(losses.sum()), float(grad_norm), (~losses.isfinite()).nonzero()[:, 0].tolist()
 
 
-def drop_gradients(model: nn.Module) -> None:
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """An optimizer leaves a parameter without a gradient, and its moments, alone."""
-    for parameter in model.parameters():
+    for parameter in parameters:
         parameter.grad = None
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -119,6 +120,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         # compute_loss divides by the supervised tokens of the whole update itself
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        # Thousands of modules are walked through in no time that an update on a fast GPU has: what learns is looked up once.
+        self._learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.zero_grad = partial(drop_gradients, self._learned)  # type: ignore[method-assign]
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
         """Cross-entropy of one row, as its part of the mean over the ``num_items_in_batch`` supervised tokens of the update."""
@@ -132,10 +136,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Trainer's own, and a look at loss and gradients before the optimizer takes them. Raises :class:`RunFailed` where they are not finite."""
+        """Clips, and looks at loss and gradients before the optimizer takes them. Raises :class:`RunFailed` where they are not finite."""
         self.where = "optimizer"
         with record_function(OPTIMIZER):
-            norm: Tensor = super()._clip_grad_norm(model)
+            norm: Tensor = self.accelerator.clip_grad_norm_(self._learned, self.args.max_grad_norm)
         found = self.watch.judge(norm, self.accelerator)
         if found is not None:
             self._refuse(model, *found)
@@ -148,7 +152,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         lines_of = getattr(self.train_dataset, "lines", None)
         lines = tuple(sorted({line for row in suspects for line in lines_of(row)})) if lines_of else ()
         bad = BadUpdate(self.state.global_step + 1, loss, grad_norm, suspects, lines, weights_are_finite(model))
-        drop_gradients(model)
+        drop_gradients(self._learned)
         ends = self.watch.skipped >= self.watch.allowed or not bad.weights_are_finite
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "on_bad_update"):
@@ -227,7 +231,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
                     raise
             # Out of the handler, so that nothing refers to what the failed pass held. Its gradients may be half there: all of them go, and the
             # update begins again, with the random numbers it had.
-            model.zero_grad(set_to_none=True)
+            drop_gradients(self._learned)
             let_go(model)
             give_back()
             self.watch.restart()
@@ -237,11 +241,21 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             rows = list(self._update)
 
     def _step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any) -> Tensor:
-        """Trainer's own, once for each piece of the row."""
-        losses = [super(PackedTrainer, self).training_step(model, piece, num_items_in_batch) for piece in pieces(inputs, self.row_tokens)]
-        loss: Tensor = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        self.watch.note(loss)
-        return loss
+        """Forward and backward, once for each piece of the row."""
+        if not model.training:
+            model.train()
+        losses = []
+        for piece in pieces(inputs, self.row_tokens):
+            loss = self.compute_loss(model, self._prepare_inputs(piece), num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        total: Tensor = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        self.watch.note(total)
+        return total
+
+    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
+        """None are counted, see :mod:`sparklab.planner.cost`: Trainer would walk through all modules for it at every row."""
+        return 0
 
     def _take_less(self) -> bool:
         """Halves what goes through the model at once, where the recipe allows it and it helps. Documents are never cut for it: what they are
