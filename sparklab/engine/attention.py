@@ -113,13 +113,12 @@ def _asks_for_groups(function: Callable[..., Any]) -> bool:
     return "enable_gqa" in inspect.signature(function).parameters
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """What transformers asks for a mask: packed rows need none."""
-
-
 def register() -> None:
-    """Makes ``attn_implementation="sparklab_packed"`` known to transformers, through its own registry; safe to call again."""
-    from transformers import AttentionInterface, AttentionMaskInterface  # noqa: PLC0415 - heavy, and only the worker needs it
+    """Makes ``attn_implementation="sparklab_packed"`` known to transformers, through its own registry; safe to call again.
+
+    No mask is registered beside it: for attention that has none transformers makes none, and looks for no documents in the row's positions, which would
+    wait for the device.
+    """
+    from transformers import AttentionInterface  # noqa: PLC0415 - heavy, and only the worker needs it
 
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)

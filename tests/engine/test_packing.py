@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from family_configs import SMALL
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention import varlen
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, masking_utils
 
 from sparklab.data.dataset import make_row
 from sparklab.data.template import Document
@@ -214,6 +214,22 @@ def test_logits_and_gradients_of_a_row_are_those_of_its_documents(family):
     for name, gradient in alone_gradients.items():
         scale = float(gradient.abs().max()) + 1e-8  # sums of some thousand products: 1e-5 of the largest
         torch.testing.assert_close(packed_gradients[name] / scale, gradient / scale, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_mask_is_made_and_none_is_looked_for(family, monkeypatch):
+    """Reading a row's documents off its positions would wait for the device, once a row."""
+    called = []
+    for name in ("find_packed_sequence_indices", "causal_mask_function", "sliding_window_causal_mask_function"):
+        assert callable(getattr(masking_utils, name))
+        monkeypatch.setattr(masking_utils, name, lambda *given, name=name, **named: called.append(name))
+    attention.register()
+    values = dict(SMALL[family])
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.float32).train()
+    row_loss(model, collate([make_row(documents())]), 1, "chunked").backward()
+    assert called == []
 
 
 def test_a_row_is_filled_up_by_a_document_that_teaches_nothing() -> None:
