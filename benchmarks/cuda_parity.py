@@ -54,7 +54,7 @@ from sparklab.engine import flex, liger
 from sparklab.engine.answer import continuations
 from sparklab.engine.checkpoint import step_path
 from sparklab.engine.fast import ready_model
-from sparklab.engine.gauge import Gauge
+from sparklab.engine.gauge import Gauge, asked_bytes
 from sparklab.engine.loss import chunked_cross_entropy, full_cross_entropy
 from sparklab.engine.trainer import PackedTrainer, mean_loss
 from sparklab.model.blank import blank_base
@@ -203,7 +203,7 @@ def loss_case(folder: Path, dtype: torch.dtype, scale: float, cap: float | None)
     ours, stock = (distances(wanted, run(function, dtype)) for function in (chunked_cross_entropy, full_cross_entropy))
     del wanted
     gauge, leaf = Gauge(DEVICE), states.detach().requires_grad_()
-    before = torch.cuda.memory_allocated() if CUDA else 0
+    before = asked_bytes(DEVICE, "current") if CUDA else 0
     with gauge.phase("loss"):
         chunked_cross_entropy(leaf, head, labels, 1000.0, scale=scale, cap=cap).backward()
     made = gauge.readings["loss"].tensors_bytes - before
@@ -292,7 +292,7 @@ def memory(folder: Path, method: str, layers: str) -> tuple[str, str]:
     gauge = Gauge(DEVICE)
     if CUDA:
         torch._C._cuda_clearCublasWorkspaces()  # or that of the cases before stays, and is not seen
-    held = torch.cuda.memory_allocated() if CUDA else 0
+    held = asked_bytes(DEVICE, "current") if CUDA else 0
     with gauge.phase("load"):
         model = ready_model(recipe, box, blank_base)
     row = longest_micro_batch(recipe, lambda count: torch.randint(3, 8000, (count,)).tolist())

@@ -22,7 +22,8 @@ class Reading:
     """The most that was held in one phase, in bytes."""
 
     tensors_bytes: float
-    """Tensors on the device: what CUDA's allocator gave out; on a CPU all living storages."""
+    """Tensors on the device: what was asked of CUDA's allocator, which gives up to 1 MiB more where a block is not worth cutting; on a CPU all living
+    storages."""
     reserved_bytes: float
     """What CUDA's allocator held of the device for it; ``NA`` on a CPU."""
     host_bytes: float
@@ -62,7 +63,7 @@ class Gauge:
         self.synchronize()
         host = read_memory().rss_peak_bytes
         self.readings[name] = Reading(
-            tensors_bytes=torch.cuda.max_memory_allocated(self.device) if self._tracker is None else self._tracker.peak_bytes,
+            tensors_bytes=asked_bytes(self.device, "peak") if self._tracker is None else self._tracker.peak_bytes,
             reserved_bytes=torch.cuda.max_memory_reserved(self.device) if self._tracker is None else NA,
             host_bytes=host,
             host_growth_bytes=max(0.0, host - before),
@@ -92,6 +93,12 @@ class Gauge:
         """Waits until the device has done all it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def asked_bytes(device: torch.device, when: str) -> float:
+    """What is (``when="current"``) or was at its highest (``"peak"``) asked of CUDA's allocator; what it gave where it does not tell (cudaMallocAsync)."""
+    told = torch.cuda.memory_stats(device)
+    return float(told.get(f"requested_bytes.all.{when}") or told.get(f"allocated_bytes.all.{when}", 0))
 
 
 def _forget_host_peak() -> None:

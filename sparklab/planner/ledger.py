@@ -104,12 +104,12 @@ class Ledger(Step):
         phases = {"load": self._load(), "train": self._train(), "evaluate": self._evaluate(), "sample": self._sample(), "save": self._save()}
         books = {}
         for phase, candidates in phases.items():
-            there = (*self.weights, runtime(self.box)) if phase == "load" else stays
+            there, handles = ((*self.weights, runtime(self.box)), 1) if phase == "load" else (stays, 2)  # evaluations and samples come between updates
             shared = (self.shared,) if phase == "train" else ()
             whole = []
             for moment in candidates:
                 moving = (*moment.items, *shared)
-                whole.append(Moment(moment.name, (*there, *moving, *slack(self.box, sum(item.size_bytes for item in moving)))))
+                whole.append(Moment(moment.name, (*there, *moving, *slack(self.box, sum(item.size_bytes for item in moving), handles))))
             books[phase] = tuple(whole)
         if not self.full:
             books["merge"] = tuple(Moment(moment.name, (*self.states[:1], runtime(self.box), *moment.items)) for moment in self._merge())

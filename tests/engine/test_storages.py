@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from sparklab.engine.gauge import asked_bytes
 from sparklab.engine.loss import chunked_cross_entropy
 from sparklab.engine.storages import StorageTracker
 
@@ -89,3 +90,9 @@ def test_gradients_add_up_as_they_do_when_nobody_looks(step: Callable[[], Tensor
     with StorageTracker():
         looked_at = step()
     assert torch.equal(plain, looked_at)
+
+
+def test_what_was_asked_of_cuda_s_allocator_is_read_without_what_it_rounds_up(monkeypatch):
+    told = {"requested_bytes.all.peak": 7, "allocated_bytes.all.peak": 9, "allocated_bytes.all.current": 5}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: told)
+    assert [asked_bytes(torch.device("cuda"), when) for when in ("peak", "current")] == [7.0, 5.0]

@@ -75,6 +75,13 @@ def test_lora_of_llama_8b_by_hand() -> None:
     assert (planned.peak_phase, planned.peak_moment, planned.fits) == ("train", "loss", True)
 
 
+def test_two_workspaces_from_the_first_update_on() -> None:
+    """torch keeps one for each handle of cuBLAS, and the thread of the backward pass has its own."""
+    planned = plan(recipe(), box=SPARK)
+    sizes = {phase: {item.name: item.size_bytes for item in items}.get("library workspace", 0.0) for phase, (_, items) in planned.ledger.phases.items()}
+    assert sizes == {"load": 32 * 2**20, "train": 64 * 2**20, "evaluate": 64 * 2**20, "sample": 64 * 2**20, "save": 64 * 2**20, "merge": 0.0}
+
+
 def test_full_of_llama_8b_by_hand() -> None:
     planned = plan(recipe(method="full", checkpoint_layers="all"), box=SPARK)
     train = lines(planned)
