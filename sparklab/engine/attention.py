@@ -27,6 +27,8 @@ from sparklab.errors import ModelError
 
 NAME = "sparklab_packed"
 VARLEN_WIDTH: Final = 256  # the widest head that flash attention's kernels take
+RECORDED: Final = "sparklab_recorded"
+"""Of borders that stand for any row's, while a CUDA graph is recorded: where on the device the row's own will lie, int32 [documents + 1]."""
 _THERE: Final = "sparklab_on_the_device"
 _PLACES: Final = "sparklab_places"
 
@@ -64,6 +66,7 @@ def packed_attention(
             places = _places(cu_seq_lens_q, lengths, query.shape[1], key.shape[1]) if products else lengths
             out: Tensor = (AttentionByProducts if products else AttentionPerDocument).apply(query, key, value, places, scale)  # type: ignore[no-untyped-call]
             return out[..., :width], None
+    _refuse_to_record(cu_seq_lens_q)
     if (blockwise or windowed or query.shape[-1] > VARLEN_WIDTH) and not dropped:
         together = flex.attend(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap, s_aux)
         if together is not None:
@@ -91,11 +94,17 @@ def _places(borders: Tensor, lengths: list[int], heads: int, groups: int) -> Row
     return known[heads, groups]
 
 
+def _refuse_to_record(borders: Tensor) -> None:
+    """Raises RuntimeError, as CUDA does for what it cannot record, where the borders are known on the device alone."""
+    if hasattr(borders, RECORDED):
+        raise RuntimeError("only flash attention's kernel for rows of documents reads on the device where they end")
+
+
 def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, scale: float, window: int | None) -> Tensor:
     """All documents in one kernel of CUDA's, flash attention over rows of unequal length; [1, T, heads, head_dim]."""
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - asks for kernels that only CUDA has
 
-    there: Any = getattr(borders, _THERE, None)
+    there: Any = getattr(borders, RECORDED, getattr(borders, _THERE, None))
     if there is None:  # once a row, not once a layer
         there = borders.to(query.device, non_blocking=True)
         setattr(borders, _THERE, there)

@@ -24,6 +24,7 @@ from sparklab.data.report import total_steps
 from sparklab.engine import checkpoint
 from sparklab.engine.device import on_gpu
 from sparklab.engine.finite import BadUpdate, Watch, drop_gradients, weights_are_finite
+from sparklab.engine.graphs import Graphs
 from sparklab.engine.lora import let_go
 from sparklab.engine.loss import IGNORE, chunked_cross_entropy, full_cross_entropy
 from sparklab.engine.memory import give_back, is_out_of_memory, longest, pieces
@@ -123,6 +124,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         # Thousands of modules are walked through in no time that an update on a fast GPU has: what learns is looked up once.
         self._learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.zero_grad = partial(drop_gradients, self._learned)  # type: ignore[method-assign]
+        self.graphs = Graphs(self._learned, recipe.micro_batch_tokens, self._not_recorded())
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
         """Cross-entropy of one row, as its part of the mean over the ``num_items_in_batch`` supervised tokens of the update."""
@@ -131,7 +133,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         count = float(num_items_in_batch) if num_items_in_batch is not None else float((inputs["labels"][:, 1:] != IGNORE).sum())
         ranks: int = self.accelerator.num_processes
         self.where = "forward"
-        loss = through(model, lambda inside: row_loss(inside, inputs, count, self.recipe.loss)) * ranks  # gradients become means over the ranks
+        loss = through(model, lambda inside: row_loss(inside, inputs, count, self.recipe.loss, self.graphs)) * ranks  # gradients become means over the ranks
         self.where = "backward"
         return loss
 
@@ -164,6 +166,19 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             raise bad.failure(self.watch.skipped)
         self.watch.skipped += 1
 
+    def _not_recorded(self) -> str:
+        """Why rows are not recorded as CUDA graphs, or ""."""
+        recipe = self.recipe
+        reasons = {
+            "there is no CUDA device": self.args.device.type != "cuda",
+            "the engine is stock": recipe.engine != "fast",
+            "all weights learn, and a second copy of their gradients would be held": recipe.method == "full",
+            "layers are checkpointed": recipe.checkpoint_layers not in ("none", 0),
+            "dropout draws random numbers": recipe.dropout > 0,
+            "several processes share an update": self.accelerator.num_processes > 1,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
+
     def rows_of_update(self) -> list[int]:
         """Numbers of the training rows in the update under way, of this rank, in the order of its micro-batches."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -173,6 +188,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         epoch, update = divmod(self.state.global_step, updates)
         order = epoch_order(len(self.train_dataset), self.recipe.seed, epoch, ranks)
         return [int(order[batch * ranks + rank]) for batch in range(update * each, min((update + 1) * each, batches))]
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Trainer's own; what was recorded goes with it."""
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            self.graphs.drop()
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
         """Trainer's own, timed: how long an update waits for its data."""
@@ -201,6 +223,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     def measure_loss(self) -> dict[str, float]:
         """Held-out loss as ``eval_loss`` and the supervised tokens it is a mean over as ``eval_tokens``."""
         self.where = "evaluate"
+        self.graphs.drop()  # a plan counts what evaluation holds beside the weights, not beside a training row's memory
         while True:
             try:
                 measured = mean_loss(self.model, self.eval_dataset or (), self.recipe.loss, self.args.device, self.row_tokens)
@@ -246,8 +269,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             model.train()
         losses = []
         for piece in pieces(inputs, self.row_tokens):
-            loss = self.compute_loss(model, self._prepare_inputs(piece), num_items_in_batch=num_items_in_batch)
-            self.accelerator.backward(loss)
+            row = self._prepare_inputs(piece)
+            with self.graphs.row(row):
+                loss = self.compute_loss(model, row, num_items_in_batch=num_items_in_batch)
+                self.accelerator.backward(loss)
             losses.append(loss.detach())
         total: Tensor = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         self.watch.note(total)
@@ -269,6 +294,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         if now >= was:
             self.stuck = f"the longest document alone has {document:,} tokens, and documents are not cut to make room"
             return False
+        self.graphs.refuse("memory ran out")
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "on_retry"):
                 callback.on_retry(self.where, now, was)
@@ -376,14 +402,23 @@ def through(model: nn.Module, compute: Callable[[nn.Module], Tensor]) -> Tensor:
     return loss
 
 
-def row_loss(model: nn.Module, inputs: dict[str, Tensor], count: float, kind: str) -> Tensor:
-    """Sum of the cross-entropies of one packed row's supervised tokens, divided by ``count``."""
-    language_model = causal_lm(model)
-    inputs = _filled(inputs)
+def last_states(language_model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """A packed row's last hidden states [T, H]."""
     borders = inputs["cu_seq_lens_q"]
-    hidden_TH = language_model.get_decoder()(
+    found: Tensor = language_model.get_decoder()(
         input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False, cu_seq_lens_q=borders, cu_seq_lens_k=borders
     ).last_hidden_state[0]
+    return found
+
+
+def row_loss(model: nn.Module, inputs: dict[str, Tensor], count: float, kind: str, graphs: Graphs | None = None) -> Tensor:
+    """Sum of the cross-entropies of one packed row's supervised tokens, divided by ``count``; ``graphs``: of the run that trains on it."""
+    language_model = causal_lm(model)
+    inputs = _filled(inputs)
+    decode = partial(last_states, language_model)
+    hidden_TH = None if graphs is None else graphs.states(decode, inputs)
+    if hidden_TH is None:
+        hidden_TH = decode(inputs)
     labels_T = torch.nn.functional.pad(inputs["labels"][0, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1
     head_VH = language_model.get_output_embeddings().weight
     loss = chunked_cross_entropy if kind == "chunked" else full_cross_entropy

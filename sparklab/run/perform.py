@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import os
 import random
 import resource
@@ -35,6 +36,7 @@ from sparklab.engine.answer import continuations
 from sparklab.engine.cap import cap_device
 from sparklab.engine.fast import ready_model
 from sparklab.engine.gauge import Gauge
+from sparklab.engine.graphs import ROWS_OF_TRIAL, Graphs
 from sparklab.engine.memory import is_out_of_memory
 from sparklab.engine.profile import StepProfile
 from sparklab.engine.trainer import PackedTrainer, mean_loss
@@ -47,21 +49,23 @@ from sparklab.planner.recipe import Recipe
 from sparklab.run import guard
 from sparklab.units import KIB, MIB, NA, is_na, jsonable
 
-WARM_UPDATES: Final = 2  # the first makes the optimizer's states, the second is the first whole one; a CPU's storages are followed in both
+WARM_UPDATES: Final = 2  # at least: the first makes the optimizer's states, the second is the first whole one; a CPU's storages are followed in both
 TIMED_UPDATES: Final = 3
 M_MMAP_THRESHOLD: Final = -3  # mallopt(3)
 PROFILED_UPDATES: Final = 2  # after those, where somebody asks where the time goes: looking costs time
 
 
 class _Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """Times the updates after the first two, which the gauge follows."""
+    """Times the updates after the first few, which the gauge follows."""
 
-    def __init__(self, gauge: Gauge, power: PowerMeter) -> None:
+    def __init__(self, warm: int, gauge: Gauge, power: PowerMeter) -> None:
         self.seconds: list[float] = []
-        self._gauge, self._power, self._mark = gauge, power, 0.0
+        self.graphs: Graphs
+        """Of the trainer, which is made after its callback."""
+        self._warm, self._gauge, self._power, self._mark = warm, gauge, power, 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == WARM_UPDATES:
+        if state.global_step == self._warm:
             self._gauge.pause()
             self._gauge.synchronize()
             self._power.__enter__()
@@ -69,11 +73,12 @@ class _Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers is not 
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_save = control.should_evaluate = False  # each has a phase of its own
-        if WARM_UPDATES < state.global_step <= WARM_UPDATES + TIMED_UPDATES:
+        if self._warm < state.global_step <= self._warm + TIMED_UPDATES:
             self._gauge.synchronize()
             self.seconds.append(time.perf_counter() - self._mark)
-        if state.global_step == WARM_UPDATES + TIMED_UPDATES:
+        if state.global_step == self._warm + TIMED_UPDATES:
             self._power.__exit__(None, None, None)
+            self.graphs.refuse("a profile cannot tell the kernels of a graph apart")
         if state.global_step == state.max_steps:
             self._gauge.resume()
 
@@ -82,11 +87,13 @@ class Performance:
     """One recipe at full size with random weights and random tokens, phase by phase."""
 
     def __init__(self, recipe: Recipe, scratch: Path, tell: Any, profiled: bool = False) -> None:
-        self.updates = WARM_UPDATES + TIMED_UPDATES + (PROFILED_UPDATES if profiled else 0)
-        self.recipe = recipe.replace(max_steps=self.updates, epochs=1.0)
         self.scratch, self.tell = scratch, tell
         self.box = Box.detect()
         self.device = load.pick_device()
+        trial = math.ceil(ROWS_OF_TRIAL / recipe.micro_batches_per_update) if self.device.type == "cuda" else 0
+        self.warm = max(WARM_UPDATES, trial)
+        self.updates = self.warm + TIMED_UPDATES + (PROFILED_UPDATES if profiled else 0)
+        self.recipe = recipe.replace(max_steps=self.updates, epochs=1.0)
         self.gauge = Gauge(self.device)
         self.anatomy = Anatomy.read(recipe.model)
         self.power = PowerMeter(self.box.is_gpu)
@@ -133,11 +140,12 @@ class Performance:
     def _train(self) -> list[float]:
         """Real updates by the package's own Trainer; seconds of those that were timed."""
         rows = [self._row()] * (self.updates * self.recipe.micro_batches_per_update)
-        watch = _Stopwatch(self.gauge, self.power)
+        watch = _Stopwatch(self.warm, self.gauge, self.power)
         with self._phase("train"):
             self.trainer = PackedTrainer(self.model, self.recipe, self.scratch, rows, (), callback=watch)
+            watch.graphs = self.trainer.graphs
             self.trainer.remove_callback(transformers.PrinterCallback)
-            self.profiler = StepProfile(WARM_UPDATES + TIMED_UPDATES, PROFILED_UPDATES, self.device)
+            self.profiler = StepProfile(self.warm + TIMED_UPDATES, PROFILED_UPDATES, self.device)
             self.trainer.add_callback(self.profiler)
             self.trainer.train()
         return watch.seconds

@@ -1,0 +1,145 @@
+"""Rows replayed from recordings: the same weights as rows computed plainly. CUDA's recorder is stood in for by one that does the work again."""
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from sparklab.box import Box
+from sparklab.data.dataset import make_row
+from sparklab.data.template import Document
+from sparklab.engine import attention, graphs
+from sparklab.engine.fast import ready_model
+from sparklab.engine.graphs import Graphs
+from sparklab.engine.trainer import PackedTrainer
+from sparklab.model.blank import blank_base
+from sparklab.planner.recipe import Recipe
+
+TOKENS = 64
+# full of one document; nearly full of several, twice; too short; of many short ones; full of two
+ROWS = [[64], [30, 20, 9], [10, 50], [12, 9], [3] * 20, [40, 24], [5, 57], [64], [33, 31]] * 2
+
+
+def make_rows(lengths=ROWS, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+
+    def document(tokens):
+        ids = torch.randint(3, 500, (tokens,), generator=draw).tolist()
+        return Document(ids, [-100, *[-100 if place % 3 else token for place, token in enumerate(ids[1:])]])
+
+    return [make_row([document(tokens) for tokens in row]) for row in lengths]
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Trains a small model on the rows and returns the trainer; borders that lie on the device are read there, as CUDA's kernel does."""
+    plainly = attention.packed_attention
+
+    def reading(*tensors, cu_seq_lens_q, **options):
+        ends = getattr(cu_seq_lens_q, attention.RECORDED, None)
+        return plainly(*tensors, cu_seq_lens_q=cu_seq_lens_q if ends is None else ends.unique_consecutive(), **options)
+
+    monkeypatch.setattr(attention, "packed_attention", reading)
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "vocab_size": 500, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,'
+        ' "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128}'
+    )
+
+    def run(record, rows=None, held_out=(), **changes):
+        changes = {"micro_batches_per_update": 2, "dtype": "fp32", "held_out": 0.0, "learning_rate": 1e-2, **changes}
+        recipe = Recipe(model=str(tmp_path), data="none", micro_batch_tokens=TOKENS, max_length=TOKENS, **changes)
+        torch.manual_seed(1)
+        model = ready_model(recipe, Box.detect(), blank_base)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.05)
+        trainer = PackedTrainer(model, recipe, tmp_path, rows or make_rows(), held_out, callback=TrainerCallback())
+        if record is not None:
+            trainer.graphs = Graphs(trainer._learned, TOKENS, record=record)
+        trainer.train()
+        return trainer
+
+    return run
+
+
+class Recorder:
+    """Replays by doing the work again; counts."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work):
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            with torch.enable_grad():  # a graph does not ask
+                work()
+
+        return replay
+
+
+def weights(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer._learned])
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batches_per_update": 3, "epochs": 2.0}, {"targets": "attention"}, {"loss": "full"}])
+def test_replayed_rows_train_the_same_weights(train, monkeypatch, changes):
+    monkeypatch.setattr(graphs, "MUST_GAIN", float("inf"))
+    recorder = Recorder()
+    plain, replayed = train(None, **changes), train(recorder, **changes)
+    assert plain.graphs.why_not == "there is no CUDA device" and not replayed.graphs.why_not
+    assert recorder.replayed > 4 and recorder.recorded >= 4  # one document and several
+    assert torch.equal(plain._learned[0].isfinite(), replayed._learned[0].isfinite())
+    assert float((weights(plain) - weights(replayed)).norm() / weights(plain).norm()) < 1e-6
+    logged = [[line["loss"] for line in trainer.state.log_history if "loss" in line] for trainer in (plain, replayed)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+
+
+def test_evaluation_lets_go_and_training_records_again(train, monkeypatch):
+    monkeypatch.setattr(graphs, "MUST_GAIN", float("inf"))
+    rows, recorder = make_rows([[30, 30]] * 12), Recorder()
+    held = make_rows([[20, 10]], seed=1)
+    options = {"rows": rows, "held_out": held, "micro_batches_per_update": 1, "eval_every": 6}
+    replayed = train(recorder, **options)
+    assert recorder.recorded == 4 and recorder.replayed == 2 * (12 - 3)
+    plain = train(None, **options)
+    assert float((weights(plain) - weights(replayed)).norm() / weights(plain).norm()) < 1e-6
+
+
+def test_a_recording_that_does_not_pay_is_dropped(train, monkeypatch):
+    monkeypatch.setattr(graphs, "MUST_GAIN", 0.0)
+    recorder = Recorder()
+    trainer = train(recorder, rows=make_rows([[30, 30]] * 12))
+    assert recorder.replayed == 2 * 3 and not trainer.graphs._rows and not trainer.graphs.why_not
+
+
+def test_what_cannot_be_recorded_trains_plainly(train, caplog):
+    def refusing(work):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    with caplog.at_level("INFO"):
+        trainer = train(refusing)
+    assert trainer.graphs.why_not == "operation not permitted when stream is capturing" and trainer.graphs.why_not in caplog.text
+    assert torch.equal(weights(trainer), weights(train(None)))
+
+
+def test_rows_of_more_documents_get_more_room():
+    run = Graphs([], TOKENS, record=Recorder())
+    kinds = [run._kind({"input_ids": torch.zeros(1, sum(row)), "cu_seq_lens_q": torch.tensor([0, *torch.tensor(row).cumsum(0)])}) for row in ROWS[:6]]
+    assert kinds == [(True, 1), (False, 16), (False, 16), None, (False, 32), (False, 16)]
+
+
+@pytest.mark.parametrize(("changes", "said"), [({"method": "full"}, "all weights learn"), ({"checkpoint_layers": 1}, "layers are checkpointed"),
+                                               ({"dropout": 0.1}, "dropout"), ({"engine": "stock"}, "the engine is stock")])  # fmt: skip
+def test_who_is_not_recorded_at_all(train, monkeypatch, changes, said):
+    trainer = train(None, rows=make_rows([[64]]), **changes)
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
+    assert said in trainer._not_recorded()
+
+
+def test_only_one_kernel_reads_borders_on_the_device():
+    borders = torch.tensor([0, 8], dtype=torch.int32)
+    setattr(borders, attention.RECORDED, borders)
+    q = torch.zeros(1, 2, 8, 4)
+    with pytest.raises(RuntimeError, match="where they end"):
+        attention.packed_attention(torch.nn.Module(), q, q, q, cu_seq_lens_q=borders, softcap=30.0)
