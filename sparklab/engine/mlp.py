@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparklab.engine import liger
-from sparklab.engine.lora import Adapters, Lora, adapted, d_b, d_low, joined, low_rank
+from sparklab.engine.lora import Adapters, Lora, adapted, d_b, d_low, gradient_of_input, joined, low_rank
 
 _aten: Final = torch.ops.aten
 
@@ -95,7 +95,7 @@ class _GatedMLP(torch.autograd.Function):
 
         d_low_down = d_low(grad_TI, b_down, s_down)
         d_b_down = d_b(grad_TI, low_down, s_down, b_down)
-        d_inner = (grad_TI @ down_base.weight).addmm_(d_low_down, a_down.to(grad.dtype))
+        d_inner = gradient_of_input([(grad_TI, down_base)], d_low_down, a_down.to(grad.dtype))
         act_TF = None if liger.gates(ctx.act.name, gate_TF) else ctx.act.value(gate_TF)
         inner_TF = ctx.act.product(gate_TF, up_TF) if act_TF is None else act_TF * up_TF
         d_a_down = (d_low_down.t() @ inner_TF).to(a_down.dtype)
@@ -110,7 +110,7 @@ class _GatedMLP(torch.autograd.Function):
         d_b_gate, d_b_up = d_b(d_gate, low_gate, s_gate, b_gate), d_b(d_up, low_up, s_up, b_up)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (d_gate @ gate_base.weight).addmm_(d_up, up_base.weight).addmm_(d_low_TR, joined((a_gate, a_up), grad.dtype)).view_as(x)
+            d_x = gradient_of_input([(d_gate, gate_base), (d_up, up_base)], d_low_TR, joined((a_gate, a_up), grad.dtype)).view_as(x)
         d_a_gate, d_a_up = (d_low_TR.t() @ flat_TI).split([a_gate.shape[0], a_up.shape[0]])
         return (d_x, None, None, d_a_gate.to(a_gate.dtype), d_a_up.to(a_up.dtype), d_a_down, d_b_gate, d_b_up, d_b_down)
 

@@ -407,7 +407,7 @@ def last_states(language_model: Any, inputs: dict[str, Tensor]) -> Tensor:
     borders = inputs["cu_seq_lens_q"]
     found: Tensor = language_model.get_decoder()(
         input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False, cu_seq_lens_q=borders, cu_seq_lens_k=borders
-    ).last_hidden_state[0]
+    ).last_hidden_state.squeeze(0)  # a view back too, where [0] would lay its gradient into zeros
     return found
 
 
