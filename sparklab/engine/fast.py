@@ -21,7 +21,7 @@ from typing import Any, Final
 from torch import nn
 
 from sparklab.box import Box
-from sparklab.engine import attention, frozen_mlp, liger, lora, mlp, norm, rotary, rotary_tables
+from sparklab.engine import attention, frozen_experts, frozen_mlp, liger, lora, mlp, norm, rotary, rotary_tables
 from sparklab.model import experts
 from sparklab.model.load import BaseMaker, load_model
 from sparklab.planner.recipe import Recipe
@@ -82,10 +82,12 @@ def _fit_adapters(model: nn.Module, buffer: lora.Buffer, stays: Counter[str]) ->
 
 
 def _fit_frozen(model: nn.Module, buffer: lora.Buffer) -> None:
-    """Gated MLPs without adapters."""
+    """Gated MLPs and experts without adapters."""
     for block in list(model.modules()):
         if {*frozen_mlp.NAMES} <= {name for name, _ in block.named_children()} and _is_gated(type(block).forward):
             frozen_mlp.take_over(block, buffer)
+    for _, module in list(experts.expert_modules(model)):
+        frozen_experts.take_over(module)
 
 
 def _fit_block(block: Any) -> None:

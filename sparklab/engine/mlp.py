@@ -24,11 +24,11 @@ _aten: Final = torch.ops.aten
 
 @dataclass(frozen=True)
 class Gate:
-    """An activation: its value, and the gradient of its input from that of its value, written over the latter."""
+    """An activation: its value, and the gradient of its input from that of its value and the input, written where the third says."""
 
     name: str
     value: Callable[[Tensor], Tensor]
-    backward_: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
         """``act(gate) * up``; on CUDA by Liger's kernel where it is to be had."""
@@ -41,22 +41,36 @@ class Gate:
         if fused is not None:
             return fused
         d_up = self.value(gate).mul_(grad)
-        return self.backward_(grad.mul_(up), gate), d_up
+        return self.backward(grad.mul_(up), gate, grad), d_up
+
+    def halves_product(self, gate_up: Tensor) -> Tensor:
+        """``act(gate) * up`` of the two halves [S, F] of one tensor [S, 2F]."""
+        gate, up = gate_up.chunk(2, -1)
+        return self.value(gate).mul_(up)
+
+    def halves_gradients_(self, grad: Tensor, gate_up: Tensor) -> Tensor:
+        """The gradient of both halves from that of their product, written over them; returned is each row's product with its gradient, [S] in fp32."""
+        gate, up = gate_up.chunk(2, -1)
+        act, d_act = self.value(gate), grad * up
+        torch.mul(grad, act, out=up)
+        along = act.mul_(d_act).sum(-1, dtype=torch.float32)
+        self.backward(d_act, gate, gate)
+        return along
 
 
-def _silu_backward_(grad: Tensor, x: Tensor) -> Tensor:
-    out: Tensor = _aten.silu_backward.grad_input(grad, x, grad_input=grad)
-    return out
+def _silu_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    made: Tensor = _aten.silu_backward.grad_input(grad, x, grad_input=out)
+    return made
 
 
-def _gelu_backward_(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
-    out: Tensor = _aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=grad)
-    return out
+def _gelu_backward(grad: Tensor, x: Tensor, out: Tensor, approximate: str) -> Tensor:
+    made: Tensor = _aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=out)
+    return made
 
 
-_SILU: Final = Gate("silu", F.silu, _silu_backward_)
-_GELU: Final = Gate("gelu", F.gelu, partial(_gelu_backward_, approximate="none"))
-_GELU_TANH: Final = Gate("gelu_tanh", partial(F.gelu, approximate="tanh"), partial(_gelu_backward_, approximate="tanh"))
+_SILU: Final = Gate("silu", F.silu, _silu_backward)
+_GELU: Final = Gate("gelu", F.gelu, partial(_gelu_backward, approximate="none"))
+_GELU_TANH: Final = Gate("gelu_tanh", partial(F.gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh"))
 
 
 def gate_of(activation: nn.Module) -> Gate | None:
@@ -102,7 +116,7 @@ class _GatedMLP(torch.autograd.Function):
         if act_TF is None:
             d_gate, d_up = ctx.act.gradients_(d_inner, gate_TF, up_TF)
         else:
-            d_gate = ctx.act.backward_(torch.mul(d_inner, up_TF, out=inner_TF), gate_TF)
+            d_gate = ctx.act.backward(torch.mul(d_inner, up_TF, out=inner_TF), gate_TF, inner_TF)
             d_up = d_inner.mul_(act_TF)
         del act_TF, inner_TF, d_inner
 

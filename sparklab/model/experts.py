@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+BYTE: Final = 256  # experts that one byte can number
 
 
 @dataclass(frozen=True)
@@ -97,23 +98,27 @@ class Route:
 
     @classmethod
     def of(cls, index_TK: Tensor, experts: int, biased: bool) -> Route:
-        """Sorts the choices by expert; a token's stay in their order."""
-        tokens, k = index_TK.shape
-        expert_S, order = torch.sort(index_TK.reshape(-1), stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(tokens * k, device=order.device)
-        counted = expert_S.float() if order.device.type == "cpu" else expert_S.int()  # histc: on a CPU floats alone, on CUDA exact for whole numbers
-        ends = torch.histc(counted, bins=experts, min=0, max=experts - 1).cumsum(0).to(torch.int32)
-        return cls(order // k, place.view(tokens, k), ends, expert_S if biased else None)
+        """Sorts the choices by expert; a token's stay in their order. Sorting passes over every byte of a key, so keys are as short as can be."""
+        key, device = torch.uint8 if experts <= BYTE else torch.int16, index_TK.device
+        expert_S, order = torch.sort(index_TK.reshape(-1).to(key), stable=True)
+        ends = torch.searchsorted(expert_S, torch.arange(experts, dtype=key, device=device), right=True, out_int32=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+        return cls(order // index_TK.shape[1], place.view(index_TK.shape), ends, expert_S.int() if biased else None)
 
     def gather_sum(self, rows: Tensor, shares_TK: Tensor | None) -> Tensor:
-        """[S, H] rows summed by token in fp32, each times its share: [T, H], one choice after the other so that no second [S, H] is made."""
-        total = torch.zeros(len(self.place_TK), rows.shape[1], dtype=torch.float32, device=rows.device)
-        for choice in range(self.place_TK.shape[1]):
-            part = rows[self.place_TK[:, choice]].float()
-            total = total.add_(part) if shares_TK is None else total.addcmul_(part, shares_TK[:, choice, None].float())
-            del part  # or it would live on while the next is made
-        return total.to(rows.dtype)
+        """[S, H] rows summed by token in fp32, each times its share: [T, H], in one kernel that makes no second [S, H].
+
+        It takes shares in the rows' own type: wider ones are two narrow numbers, of which the second is what the first leaves.
+        """
+        places, shares = self.place_TK, shares_TK
+        if shares is not None and shares.dtype != rows.dtype:
+            near = shares.to(rows.dtype)
+            places, shares = torch.cat((places, places), 1), torch.cat((near, (shares - near).to(rows.dtype)), 1)
+        flat, each = places.reshape(-1), places.shape[1]
+        starts = torch.arange(0, len(flat), each, device=rows.device)
+        weights = None if shares is None else shares.reshape(-1)
+        total: Tensor = torch.ops.aten._embedding_bag_forward_only(rows, flat, starts, False, 0, False, weights)[0]
+        return total
 
 
 class _Experts(torch.autograd.Function):

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Final
 
 from sparklab.model.parts import Activation, Attention, Experts, Latent, Linear, Norm, Part, Product, Residual, Rotary, Router, Scale, Split
-from sparklab.planner import dora, fused, kernels, mixtures
+from sparklab.planner import dora, frozen_experts, fused, kernels, mixtures
 from sparklab.planner.kernels import Backward, Engine
 from sparklab.planner.tape import Peak, Tape
 
@@ -25,7 +25,7 @@ RUN: Final[dict[type[Part], Run]] = {
     Norm: kernels.norm, Rotary: kernels.rotary, Attention: kernels.attention, Activation: kernels.pointwise,
     Product: kernels.pointwise, Scale: kernels.scale, Split: kernels.split, Residual: kernels.residual, Router: mixtures.router,
     Experts: mixtures.experts, Latent: mixtures.latent, fused.Linears: fused.linears, fused.GatedMlp: fused.gated_mlp,
-    fused.FrozenMlp: fused.frozen_mlp,
+    fused.FrozenMlp: fused.frozen_mlp, frozen_experts.FrozenExperts: frozen_experts.experts,
 }  # fmt: skip
 """For each kind of part: its forward pass now, its backward pass as what is returned."""
 FAST: Final[dict[type[Part], Run]] = {**RUN, Norm: fused.norm, Rotary: fused.rotary}
@@ -115,7 +115,7 @@ def _before_recomputing(parts: tuple[Part, ...], tape: Tape, engine: Engine) -> 
         wide = 4 if part.wide_weights and engine.compute_bytes < 4 else 0
         if part is not last:  # of what experts add to a shared MLP: cast
             tape.hold("d:second", wide * part.width)
-        elif not engine.expert_rank:  # spread over those of each token
+        elif not engine.expert_rank and type(part) is Experts:  # spread over those of each token
             tape.hold("d:second", max(wide, engine.compute_bytes) * part.active * part.width)
     if isinstance(last, Linear) and last.name in engine.adapted:
         cast = engine.compute_bytes if engine.adapter_bytes > engine.compute_bytes else 0  # the base's share of the gradient, in its own type

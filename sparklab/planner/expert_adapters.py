@@ -11,11 +11,12 @@ from typing import Final, NamedTuple
 from sparklab.errors import RecipeError
 from sparklab.model.anatomy import Anatomy
 from sparklab.model.parts import Experts
+from sparklab.planner.frozen_experts import sort_rows, sum_rows
 from sparklab.planner.kernels import Backward, Engine
 from sparklab.planner.recipe import Recipe
 from sparklab.planner.tape import Tape
 
-INDEX: Final = 8  # bytes of a place in a list
+KEPT: Final = ("order", "order", "gate_up", "low", "input", "shares")
 
 
 def matrices(part: Experts, rank: int) -> tuple[int, ...]:
@@ -72,9 +73,7 @@ def experts(part: Experts, tape: Tape, engine: Engine, saves: bool, grads: set[s
     b, s, biased = engine.compute_bytes, part.active, part.clamped
     wide, inner, rows, low = s * 2 * part.inner * b, s * part.inner * b, s * part.width * b, s * _padded(engine) * b
     keeps, (up, down) = f"{part.writes}:kept", _factors(part, engine)
-    tape.hold("sorting", INDEX * s * (1 if biased else 2))
-    tape.hold(f"{keeps}:order", INDEX * s * (3 if biased else 2))
-    tape.drop("sorting")
+    sort_rows(part, tape, f"{keeps}:order")
     up.make(tape)
     tape.hold("rows", rows)
     tape.hold(f"{keeps}:gate_up", wide)
@@ -89,18 +88,14 @@ def experts(part: Experts, tape: Tape, engine: Engine, saves: bool, grads: set[s
     tape.drop("inner")
     tape.spike(rows)
     tape.drop("factors")
-    tape.hold("total", 4 * part.width)
-    tape.spike((4 + b if b < 4 else 4) * part.width)
-    if b < 4:
-        tape.hold(part.writes, part.width * b)
-    else:
-        tape.share(part.writes, "total")
-    tape.drop_any("total", "out")
+    tape.hold(part.writes, part.width * b)
+    sum_rows(part, tape, engine, weighed=True)
+    tape.drop("out")
     tape.share(f"{keeps}:input", part.reads)
     tape.share(f"{keeps}:shares", part.weights)
     grads.add(part.writes)
     if not saves:
-        tape.drop_any(*(f"{keeps}:{what}" for what in ("order", "gate_up", "low", "input", "shares")))
+        tape.drop_any(*(f"{keeps}:{what}" for what in KEPT))
     return _backward(part, engine, part.reads in grads)
 
 
@@ -135,10 +130,10 @@ def _backward(part: Experts, engine: Engine, needs_grad: bool) -> Backward:
             tape.hold("d:sorted", rows)
             tape.spike(rows)
             tape.drop("d:gate_up")
-            tape.spike((8 + b if b < 4 else 8) * part.width)
             tape.accumulate(f"d:{part.reads}", part.width * b)
+            sum_rows(part, tape, engine, weighed=False)
         tape.drop_any("d:sorted", "d:gate_up", "factors", "d:factors", "all:factors")
-        tape.drop_any(*(f"{keeps}:{what}" for what in ("order", "gate_up", "low", "input", "shares")))
+        tape.drop_any(*(f"{keeps}:{what}" for what in KEPT))
         tape.drop_any(f"d:{part.writes}")
 
     return backward

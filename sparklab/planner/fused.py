@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from sparklab.model.parts import Activation, Linear, Norm, Part, Product, Rotary, Tensors
+from sparklab.model.parts import Activation, Experts, Linear, Norm, Part, Product, Rotary, Tensors
 from sparklab.planner import kernels
+from sparklab.planner.frozen_experts import FrozenExperts
 from sparklab.planner.kernels import Backward, Engine
 from sparklab.planner.tape import Tape
 
@@ -71,6 +72,8 @@ def fuse(parts: tuple[Part, ...], engine: Engine) -> tuple[Part, ...]:
     if not engine.fast or engine.train_base:
         return parts
     parts = with_frozen_mlps(parts, engine.adapted)
+    if not engine.expert_rank:
+        parts = tuple(FrozenExperts(**vars(part)) if type(part) is Experts else part for part in parts)
     if engine.dropout_mask_bytes or engine.dora:
         return parts
     found: list[Part] = []

@@ -78,7 +78,7 @@ def lora_32b(data: Any, *, model: str | Path = "Qwen/Qwen3-32B", **changes: Any)
 
 def lora_30b_a3b(data: Any, *, model: str | Path = "Qwen/Qwen3-30B-A3B", **changes: Any) -> Recipe:
     """Adapters on the attention of a mixture of experts, thirty billion parameters in bf16 of which three work on a token. Raises RecipeError."""
-    return _complete(changes, model=model, data=data, method="lora", learning_rate=LARGE_ADAPTER_RATE, micro_batch_tokens=4096)
+    return _complete(changes, model=model, data=data, method="lora", learning_rate=LARGE_ADAPTER_RATE, micro_batch_tokens=8192)
 
 
 def qlora_70b(data: Any, *, model: str | Path = "meta-llama/Llama-3.3-70B-Instruct", **changes: Any) -> Recipe:

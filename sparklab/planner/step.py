@@ -9,6 +9,7 @@ from math import prod
 
 from sparklab.model.parts import Experts, Part
 from sparklab.planner import expert_adapters
+from sparklab.planner.frozen_experts import FrozenExperts
 from sparklab.planner.fused import linears_of
 from sparklab.planner.holdings import Holdings
 from sparklab.planner.items import Item, Moment, loss_tile
@@ -49,7 +50,7 @@ class Step(Holdings):
             late = 0
             for part in parts:
                 trained = self._trained(part)
-                if isinstance(part, Experts) and self.expert_rank:  # while they are made they are counted as the experts' workspace
+                if isinstance(part, Experts) and self._at_once(part):  # while they are made they are counted as the experts' workspace
                     found.append(0)
                     late = trained
                 elif isinstance(part, Experts):  # cut where down's comes, and where those of gate and up come
@@ -71,12 +72,16 @@ class Step(Holdings):
             for part in parts:
                 sizes = [prod(shape) for _, shape in part.tensors] if self.full else [self._trained(part)]
                 if isinstance(part, Experts):
-                    found += [0] if self.expert_rank else [0, sorted(sizes)[-2], max(sizes)] if self.full else [0, 0, 0]
+                    found += [0] if self._at_once(part) else [0, sorted(sizes)[-2], max(sizes)] if self.full else [0, 0, 0]
                 else:
                     found.append(max(sizes, default=0))
             return found
 
         return self._of_parts(counts)
+
+    def _at_once(self, part: Experts) -> bool:
+        """Whether a layer's experts are one function, whose backward pass is one stretch."""
+        return bool(self.expert_rank) or isinstance(part, FrozenExperts)
 
     def _of_parts(self, count: Callable[[Sequence[Part]], list[int]]) -> tuple[tuple[int, ...], ...]:
         """One tuple a layer, counted once for each kind of layer."""
