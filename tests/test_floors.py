@@ -32,6 +32,8 @@ TORCH = {
     "sparklab.engine",
     "sparklab.model.load",
     "sparklab.model.blank",
+    "sparklab.model.expert_kernels",
+    "sparklab.model.expert_triton",
     "sparklab.model.experts",
     "sparklab.model.stream",
     "sparklab.run.perform",

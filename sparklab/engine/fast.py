@@ -22,7 +22,7 @@ from torch import nn
 
 from sparklab.box import Box
 from sparklab.engine import attention, frozen_experts, frozen_mlp, liger, lora, mlp, norm, rotary, rotary_tables
-from sparklab.model import experts
+from sparklab.model import expert_kernels, experts
 from sparklab.model.load import BaseMaker, load_model
 from sparklab.planner.recipe import Recipe
 
@@ -59,8 +59,9 @@ def fit(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
     for block in list(model.modules()):
         _fit_block(block)
     sentences = [f"{count} linear layers have {reason} and train on PEFT's own code" for reason, count in stays.items()]
-    if refused := liger.refusal(next(model.parameters()).device):
-        sentences.append(f"{refused}; sparklab's own PyTorch computes instead")
+    device, mixture = next(model.parameters()).device, any(True for _ in experts.expert_modules(model))
+    refused = (liger.refusal(device), expert_kernels.refusal(device) if mixture else "")
+    sentences += [f"{each}; sparklab's own PyTorch computes instead" for each in refused if each]
     return tuple(sentences)
 
 

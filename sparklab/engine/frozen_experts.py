@@ -100,8 +100,9 @@ def _plain_gate(module: Any) -> Gate | None:
         return None
     some = torch.cat((torch.linspace(-6, 6, 101), torch.logspace(1, 12, 12), -torch.logspace(1, 12, 12)))
     probe = torch.cat((some, some.roll(7)))[None]
+    gate, up = probe.chunk(2, -1)
     with torch.no_grad():
-        return act if torch.equal(module._apply_gate(probe), act.halves_product(probe)) else None
+        return act if torch.equal(module._apply_gate(probe), act.value(gate) * up) else None
 
 
 def take_over(module: Any) -> bool:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from sparklab.engine import liger
 from sparklab.engine.lora import Adapters, Lora, adapted, d_b, d_low, gradient_of_input, joined, low_rank
+from sparklab.model import expert_kernels
 
 _aten: Final = torch.ops.aten
 
@@ -45,11 +46,17 @@ class Gate:
 
     def halves_product(self, gate_up: Tensor) -> Tensor:
         """``act(gate) * up`` of the two halves [S, F] of one tensor [S, 2F]."""
+        made = expert_kernels.product(gate_up) if self.name == "silu" else None
+        if made is not None:
+            return made
         gate, up = gate_up.chunk(2, -1)
         return self.value(gate).mul_(up)
 
     def halves_gradients_(self, grad: Tensor, gate_up: Tensor) -> Tensor:
         """The gradient of both halves from that of their product, written over them; returned is each row's product with its gradient, [S] in fp32."""
+        summed = expert_kernels.gradients_(grad, gate_up) if self.name == "silu" else None
+        if summed is not None:
+            return summed
         gate, up = gate_up.chunk(2, -1)
         act, d_act = self.value(gate), grad * up
         torch.mul(grad, act, out=up)

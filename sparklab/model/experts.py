@@ -23,6 +23,8 @@ from peft.tuners.lora import ParamWrapper as StockWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sparklab.model import expert_kernels
+
 PROJECTIONS = ("gate_up_proj", "down_proj")
 BYTE: Final = 256  # experts that one byte can number
 
@@ -108,8 +110,10 @@ class Route:
     def gather_sum(self, rows: Tensor, shares_TK: Tensor | None) -> Tensor:
         """[S, H] rows summed by token in fp32, each times its share: [T, H], in one kernel that makes no second [S, H].
 
-        It takes shares in the rows' own type: wider ones are two narrow numbers, of which the second is what the first leaves.
+        torch's takes shares in the rows' own type: wider ones are two narrow numbers, of which the second is what the first leaves.
         """
+        if (summed := expert_kernels.gather_sum(rows, self.place_TK, shares_TK)) is not None:
+            return summed
         places, shares = self.place_TK, shares_TK
         if shares is not None and shares.dtype != rows.dtype:
             near = shares.to(rows.dtype)
