@@ -42,6 +42,7 @@ from parity_updates import (
     here,
     our_update,
     recipe_of,
+    set_adapters,
     stock_update,
     trainer_of,
 )
@@ -50,7 +51,7 @@ from transformers import PrinterCallback
 
 from sparklab.box import Box
 from sparklab.data.dataset import longest_micro_batch, make_row
-from sparklab.engine import flex, liger
+from sparklab.engine import flex, graphs, liger
 from sparklab.engine.answer import continuations
 from sparklab.engine.checkpoint import step_path
 from sparklab.engine.fast import ready_model
@@ -308,6 +309,48 @@ def memory(folder: Path, method: str, layers: str) -> tuple[str, str]:
             "" if 0.9 <= ratio <= 1.0 else "more than planned" if ratio > 1 else "far less than planned")  # fmt: skip
 
 
+def recorded(folder: Path, family: str, changes: dict[str, Any]) -> tuple[str, str]:
+    """Twelve updates, of which CUDA graphs make the later ones, beside the same computed plainly, twice: flash attention adds up in any order."""
+    updates, lengths = (12, ((1024,), (300, 260, 250, 128), (512, 500), (64,) * 15)) if CUDA else (1, ((20, 10),))
+    recipe = recipe_of(folder, FAMILIES[family], dtype="bf16", max_steps=updates, learning_rate=1e-3, **changes)
+
+    def train(recording: bool) -> tuple[list[float], Tensor, str]:
+        model = ready_model(recipe, here(), base)
+        set_adapters(model)
+        rows = [make_row(documents(lengths[place % len(lengths)])) for place in range(updates)] * 2
+        trainer = PackedTrainer(model, recipe.replace(micro_batches_per_update=2), folder / "run", rows, (), callback=Quiet())
+        trainer.remove_callback(PrinterCallback)
+        if not recording:
+            trainer.graphs.refuse("to compare with")
+        trainer.train()
+        told = [f"{kind}: plainly {min(trial.plain[1:]) * 1e3:.0f} ms, replayed {min(trial.replayed[1:]) * 1e3:.0f} ms"
+                for kind, trial in trainer.graphs._trials.items() if trial.decided and not trainer.graphs.why_not]  # fmt: skip
+        said = trainer.graphs.why_not or "; ".join(told)
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line], torch.cat([one.detach().flatten() for one in trainer._learned]), said
+
+    with must_gain(float("inf")):
+        (losses, weights, said), (plain, first, _), (_, second, _) = train(True), train(False), train(False)
+    off = max(abs(one - other) / other for one, other in zip(losses, plain, strict=True))
+    apart, noise = (float((one - other).float().norm() / other.float().norm()) for one, other in ((weights, first), (second, first)))
+    wrong = "" if off < 5e-3 and apart <= 2 * noise + 2e-2 else "other numbers"
+    return f"{said}; losses {off:.1e} apart, weights {apart:.1e} (two plain runs {noise:.1e})", wrong
+
+
+@contextmanager
+def must_gain(share: float) -> Iterator[None]:
+    """Keeps recordings however slow they are."""
+    kept = graphs.MUST_GAIN
+    graphs.MUST_GAIN = share  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        graphs.MUST_GAIN = kept  # type: ignore[misc]
+
+
+RECORDED: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
+    ("llama", {}), ("llama", {"method": "qlora"}), ("qwen2", {}), ("olmo2", {}), ("qwen3_moe", {}), ("mixtral", {}), ("deepseek_v3", {}),
+    ("qwen3_moe", {"expert_adapters": True}), ("gemma2", {}), ("gpt_oss", {}),
+)  # fmt: skip
 Case = Callable[[Path], tuple[str, str]]
 
 
@@ -336,6 +379,7 @@ def cases() -> dict[str, Case]:
     for method in ("lora", "qlora", "full"):
         for layers in ("none", "all"):
             found[f"memory {method}, {layers} checkpointed"] = lambda folder, given=(method, layers): memory(folder, *given)
+    found |= {f"graphs {family} {' '.join(changes)}".strip(): lambda folder, given=(family, changes): recorded(folder, *given) for family, changes in RECORDED}
     found["flex's trials"] = flex_case
     return found
 

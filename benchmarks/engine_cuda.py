@@ -1,6 +1,6 @@
 """The training step at real size on one CUDA device, beside TRL with PEFT and Unsloth.
 
-Run: python benchmarks/engine_cuda.py [--case NAME ...] [--by ours trl unsloth] [--updates 8] [--repeats 1] [--unsloth PYTHON] [--out FILE]
+Run: python benchmarks/engine_cuda.py [--case NAME ...] [--by ours trl unsloth] [--updates 6] [--repeats 1] [--unsloth PYTHON] [--out FILE]
 
 Random weights at real size, nothing downloaded but TRL, which goes into a folder of its own. Unsloth wants other versions of some packages: ``--unsloth``
 is the interpreter of an environment that has it, and it reads a checkpoint, so random weights are written to disk for it. Whatever is missing, does not
@@ -9,11 +9,11 @@ fit or fails is a row that says so.
 Each measurement is a process of its own, started ahead so that it only computes once its turn comes; the sides take turns. A row is one document as long
 as itself, so nothing is padded, and packing would add nothing for anybody. Adapters of rank 16 on all linear layers (of a mixture: on attention). Ours
 checkpoints as many layers as its plan for this device's free memory says; the others none where that fits, else all. TRL comes with Liger's kernels
-where they can be imported, fp32 adapters and bf16 autocast (4 bits: bf16 adapters), as it comes. Tokens a second are the median update's, the first
-left out, with the slowest and the fastest; beside it the share of the bf16 matrix-product ceiling measured in the same process that the arithmetic makes
-which LoRA needs (4 x the weights a token meets, head included, and causal attention's 7 x T x width a layer; recompute not counted), what the plan says of
-tensors, and the peak that the allocator gave out and held. Without a CUDA device the toy goes through all of it on the CPU, which proves the script and
-measures nothing.
+where they can be imported, fp32 adapters and bf16 autocast (4 bits: bf16 adapters), as it comes. Tokens a second are the median of ``--updates``
+after some to warm up (compiling; ours finds out whether CUDA graphs pay), with the slowest and the fastest; beside it the share of the bf16
+matrix-product ceiling measured in the same process that the arithmetic makes which LoRA needs (4 x the weights a token meets, head included, and causal
+attention's 7 x T x width a layer; recompute not counted), what the plan says of tensors, and the peak that the allocator gave out and held. Without a
+CUDA device the toy goes through all of it on the CPU, which proves the script and measures nothing.
 """
 
 # ruff: noqa: PLC0415 - each process imports what it measures, and no more
@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,8 @@ import torch
 TRL = "trl==1.16.0"
 HERE = Path(__file__).resolve().parent
 SIDES = ("ours", "trl", "unsloth")
+WARM = {"ours": 7, "trl": 3, "unsloth": 3}
+"""Updates that are left out. Ours times rows plainly and from CUDA graphs in the first six."""
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 DENSE = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 16384, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA_8B = {**DENSE, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -176,7 +179,15 @@ def ours(config: dict[str, Any], method: str, tokens: int, layers: str, updates:
     trainer = PackedTrainer(ready_model(recipe, Box.detect(), blank_base), recipe, folder, rows, (), callback=told)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return durations(ends), {"checkpointed": str(recipe.checkpoint_layers), "planned_gib": planned_gib}
+    return durations(ends), {"checkpointed": str(recipe.checkpoint_layers), "planned_gib": planned_gib, "note": told_of_graphs(trainer.graphs)}
+
+
+def told_of_graphs(graphs: Any) -> str:
+    """What the trial of CUDA graphs found."""
+    if graphs.why_not:
+        return f"no CUDA graphs: {graphs.why_not}"
+    rows = [trial for trial in graphs._trials.values() if trial.decided]
+    return "; ".join(f"a row plainly {1e3 * min(trial.plain[1:]):.0f} ms, from graphs {1e3 * min(trial.replayed[1:]):.0f} ms" for trial in rows)
 
 
 def durations(ends: list[float]) -> list[float]:
@@ -216,6 +227,8 @@ def unsloth(config: dict[str, Any], method: str, tokens: int, layers: str, updat
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    folder = Path(tempfile.gettempdir()) / f"sparklab-bench-{zlib.crc32(json.dumps(config).encode())}"  # one checkpoint for all cases of a model
+    folder.mkdir(exist_ok=True)
     write_checkpoint(config, folder)
     recompute: Any = "unsloth" if layers == "all" else False
     model, tokenizer = FastLanguageModel.from_pretrained(
@@ -230,7 +243,7 @@ def unsloth(config: dict[str, Any], method: str, tokens: int, layers: str, updat
     arguments = SFTConfig(
         output_dir=str(folder), max_steps=updates, per_device_train_batch_size=1, gradient_accumulation_steps=1, max_length=tokens, bf16=True,
         gradient_checkpointing=layers == "all", optim="adamw_torch_fused", logging_steps=10, report_to=[], save_strategy="no", disable_tqdm=True,
-        dataset_num_proc=1,
+        dataset_num_proc=1, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     data = Dataset.from_dict({"input_ids": tokens_of(config, tokens, updates)})
     SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[told]).train()
@@ -270,24 +283,26 @@ def write_checkpoint(config: dict[str, Any], folder: Path) -> None:
 
 
 def one(name: str, updates: int, by: str) -> dict[str, Any]:
-    """One measurement, in this process."""
+    """One measurement of so many updates, in this process."""
     config, method, tokens, peers = CASES[name]
+    updates += WARM[by]
     top = ceiling(8192 if torch.cuda.is_available() else 256)
     told: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if by == "ours":
-            seconds, told = ours(config, method, tokens, "plan" if torch.cuda.is_available() else peers.replace("fits", "none"), updates, Path(folder))
+            seconds, told = ours(config, method, tokens, "plan" if torch.cuda.is_available() else peers.replace("fits", "none"), updates, folder)
         else:
             for layers in ("none", "all") if peers == "fits" else (peers,):
                 start_afresh()
                 try:
-                    seconds = {"trl": trl, "unsloth": unsloth}[by](config, method, tokens, layers, updates, Path(folder))
+                    seconds = {"trl": trl, "unsloth": unsloth}[by](config, method, tokens, layers, updates, folder)
                     break
                 except torch.OutOfMemoryError:
                     if layers == "all":
                         raise
             told = {"checkpointed": layers}
-    rates = sorted(tokens / each for each in seconds)
+    rates = sorted(tokens / each for each in seconds[WARM[by] - 1 :])
     rate = statistics.median(rates)
     gib = [peak() / 2**30 for peak in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)] if torch.cuda.is_available() else [float("nan")] * 2
     return {
@@ -356,13 +371,14 @@ def loaded(by: str) -> None:
 
 
 HEADS = ("case", "by", "layers checkpointed", "tokens/s, median (least to most)", "ours is", "share of the ceiling", "ceiling TFLOP/s", "planned GiB",
-         "allocated GiB", "reserved GiB", "what went wrong")  # fmt: skip
+         "allocated GiB", "reserved GiB", "notes")  # fmt: skip
 
 
 def row(name: str, by: str, found: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
     """A line of the table: medians of what went well, what went wrong in words."""
     good, wrong = ([one for one in found if ("failed" in one) is failed] for failed in (False, True))
-    said = f"{len(wrong)} of {len(found)} failed: {wrong[0]['failed']}".replace("|", "/") if wrong else ""
+    said = f"{len(wrong)} of {len(found)} failed: {wrong[0]['failed']}" if wrong else good[0].get("note", "")
+    said = said.replace("|", "/")
     if not good:
         return f"| {name} | {by} {'| ' * (len(HEADS) - 3)}| {said} |"
     told = {key: statistics.median(one[key] for one in good) for key, value in good[0].items() if isinstance(value, float)}
@@ -401,7 +417,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=list(CASES))
     parser.add_argument("--by", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--updates", type=int, default=8)
+    parser.add_argument("--updates", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--unsloth", default=sys.executable, help="interpreter of an environment with Unsloth")
     parser.add_argument("--out", type=Path, default=HERE / "engine_cuda.md")

@@ -46,7 +46,7 @@ def test_a_toy_goes_through_the_peers_sides(tmp_path):
     script = "import engine_cuda; print([engine_cuda.one(*given)['tokens_per_second'] > 0 for given in GIVEN])"
     for given in ([("toy", 3, "trl"), ("toy-qlora", 3, "trl"), ("toy-mixture", 3, "trl")], [("toy", 3, "unsloth"), ("toy-mixture", 3, "unsloth")]):
         paths = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks", ROOT / ".venv" / "trl", tmp_path)))
-        environ = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        environ = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
         done = subprocess.run([sys.executable, "-c", script.replace("GIVEN", repr(given))], capture_output=True, text=True, env=environ, check=False)
         assert done.stdout.strip().endswith(str([True] * len(given))), done.stderr[-3000:]
 
@@ -55,7 +55,7 @@ STAND_IN = """
 class FastLanguageModel:
     @staticmethod
     def from_pretrained(model_name="", max_seq_length=2048, dtype=None, load_in_4bit=True, load_in_8bit=False, load_in_16bit=False, full_finetuning=False,
-                        token=None, use_gradient_checkpointing="unsloth", use_exact_model_name=False, random_state=3407):
+                        token=None, use_gradient_checkpointing="unsloth", use_exact_model_name=False, random_state=3407, local_files_only=False):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         return AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype), AutoTokenizer.from_pretrained(model_name)
 
@@ -77,8 +77,9 @@ def test_the_random_checkpoint_is_read_whole(tmp_path, monkeypatch):
     assert 0.015 < float(model.model.layers[1].mlp.up_proj.weight.float().std()) < 0.025
     assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("t7") == 7
     monkeypatch.setattr(engine_cuda.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e5))
+    engine_cuda.write_checkpoint(engine_cuda.TOY, tmp_path)  # is there already
     with pytest.raises(SystemExit, match="its checkpoint of random weights takes 0 GB and 0 GB of disk are free"):
-        engine_cuda.write_checkpoint(engine_cuda.TOY, tmp_path)
+        engine_cuda.write_checkpoint(engine_cuda.TOY, tmp_path / "new")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -91,7 +92,7 @@ def test_a_peer_that_runs_out_of_memory_checkpoints_all_layers(monkeypatch):
         tried.append(layers)
         if layers == "none":
             raise torch.OutOfMemoryError
-        return [0.5]
+        return [0.5] * updates
 
     monkeypatch.setattr(engine_cuda, "trl", peer)
     monkeypatch.setitem(engine_cuda.CASES, "toy", (*engine_cuda.CASES["toy"][:3], "fits"))
