@@ -32,6 +32,7 @@ from parity_updates import (
     CUDA,
     DEVICE,
     FAMILIES,
+    LENGTHS,
     SHAPE,
     Catch,
     Quiet,
@@ -51,7 +52,7 @@ from transformers import PrinterCallback
 
 from sparklab.box import Box
 from sparklab.data.dataset import longest_micro_batch, make_row
-from sparklab.engine import flex, graphs, liger
+from sparklab.engine import attention, cudnn, flex, graphs, liger
 from sparklab.engine.answer import continuations
 from sparklab.engine.checkpoint import step_path
 from sparklab.engine.fast import ready_model
@@ -68,6 +69,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 LOSS_FP32, GRADIENT_FP32 = (2e-6, 2e-5) if CUDA else (1e-6, 1e-5)
 NEAR_LOSS, NEAR_GRADIENT = 2e-4, 2e-3  # what bf16 may be off beyond 1.5 times stock's own distance
 EXPERTS: Final = ["experts.gate_up_proj", "experts.down_proj"]
+LONG: Final = (1500, 20, 7, 1030, 77)  # in two rows: one long document with tokens behind it to be filled up with, one at its row's end
 WIDTHS: Final = {"llama, heads of 20": {**FAMILIES["llama"], "head_dim": 20}, "llama, heads of 80": {**FAMILIES["llama"], "head_dim": 80}}
 # name: (family, fields of the recipe, options of PEFT's LoraConfig)
 KINDS: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
@@ -103,9 +105,11 @@ def patched(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, stock)
 
 
-def compare(folder: Path, config: dict[str, Any], dtype: str, changes: dict[str, Any], adapter: dict[str, Any]) -> tuple[str, str]:
+def compare(
+    folder: Path, config: dict[str, Any], dtype: str, changes: dict[str, Any], adapter: dict[str, Any], lengths: tuple[int, ...] = LENGTHS
+) -> tuple[str, str]:
     """An update of ours beside the reference, in bf16 beside stock's too: what was found, and what is wrong with it."""
-    told, rows = documents(), 2
+    told, rows = documents(lengths), 2
     if dtype == "bf16":  # a near tie sends a token to another expert: here it goes to all of them
         most = next((config[name] for name in ("num_experts", "num_local_experts", "n_routed_experts") if name in config), None)
         config = {**config, **({"num_experts_per_tok": most} if most else {}), **({"topk_group": config["n_group"]} if "n_group" in config else {})}
@@ -183,6 +187,28 @@ def flex_case(folder: Path) -> tuple[str, str]:
         return "flex_attention is for CUDA", ""
     wrong = [f"{what}: {said}" for what, said in FLEX if said]
     return f"{len(FLEX)} trials; " + "; ".join(what for what, _ in FLEX), "; ".join(wrong) or ("" if FLEX else "no trial was made")
+
+
+def long_case(folder: Path, changes: dict[str, Any]) -> tuple[str, str]:
+    """Documents that cuDNN may take, beside short ones; on CUDA what its trials said, which kernel each document took, and that both did something."""
+    config, most = {**FAMILIES["llama"], "head_dim": 128}, {"micro_batch_tokens": 2048, "max_length": 2048}
+    found, wrong = compare(folder, config, "bf16", {**most, **changes}, {}, LONG)
+    if not CUDA:
+        return found, wrong
+    tried = {kind: verdict for kind, verdict in cudnn.decided.items() if kind.width == 128}
+    for kind, verdict in tried.items():
+        by = "cuDNN" if verdict.used else "flash attention"
+        found += f"; heads {kind.heads}/{kind.kv_heads}, {'from' if kind.long else 'below'} {cudnn.LONG:,} tokens by {by}: {verdict.said}"
+    return found, wrong or ("" if tried else "no trial of cuDNN was made")
+
+
+def cudnn_case(folder: Path, tokens: int) -> tuple[str, str]:
+    """The trial of one document with the heads of an 8B: a report, for flash attention is right too."""
+    if not CUDA:
+        return "cuDNN is for CUDA", ""
+    q, k, v = (torch.randn(1, tokens, heads, 128, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2) for heads in (32, 8, 8))
+    verdict = cudnn._trial(cudnn.Kind(32, 8, 128, torch.bfloat16, tokens >= cudnn.LONG), [q, k, v], 128**-0.5, attention._varlen)
+    return f"by {'cuDNN' if verdict.used else 'flash attention'}: {verdict.said}", ""
 
 
 def loss_case(folder: Path, dtype: torch.dtype, scale: float, cap: float | None) -> tuple[str, str]:
@@ -364,6 +390,7 @@ def cases() -> dict[str, Case]:
         for dtype in ("fp32", "bf16"):
             given = FAMILIES[family], dtype, changes, adapter
             found[f"{name} {family} {dtype}"] = lambda folder, given=given: compare(folder, *given)
+    found |= long_cases()
     for name, changes in {"dropout": {"dropout": 0.1}, "dropout NF4": {"dropout": 0.1, "method": "qlora", "checkpoint_layers": "all"},
                           "adamw_8bit": {"method": "full", "optimizer": "adamw_8bit", "learning_rate": 1e-2}}.items():  # fmt: skip
         found[name] = lambda folder, changes=changes: learns(folder, changes, "bf16")
@@ -381,6 +408,16 @@ def cases() -> dict[str, Case]:
             found[f"memory {method}, {layers} checkpointed"] = lambda folder, given=(method, layers): memory(folder, *given)
     found |= {f"graphs {family} {' '.join(changes)}".strip(): lambda folder, given=(family, changes): recorded(folder, *given) for family, changes in RECORDED}
     found["flex's trials"] = flex_case
+    return found
+
+
+def long_cases() -> dict[str, Case]:
+    """Those of long documents."""
+    found: dict[str, Case] = {}
+    for name, changes in {"long documents": {}, "long documents, checkpointed": {"checkpoint_layers": "all"}}.items():
+        found[name] = lambda folder, changes=changes: long_case(folder, changes)
+    for tokens in (1024, 1500, 2048, 4096, 8192, 8000):
+        found[f"cuDNN, {tokens:,} tokens"] = lambda folder, tokens=tokens: cudnn_case(folder, tokens)
     return found
 
 

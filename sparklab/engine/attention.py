@@ -2,10 +2,10 @@
 
 A packed row is [1, T] with documents back to back; ``cu_seq_lens_q`` holds their borders (0, ..., T), the keyword that transformers hands
 through to every attention function. On CUDA one kernel takes all documents (``torch.nn.attention.varlen``, which every torch that sparklab
-installs with has); on a CPU there is one causal call per document. Either costs the sum of the squares of their lengths, where one call with a
-mask would cost the square of the sum and keep a [T, T] mask alive. What flash attention cannot do (on a CPU sliding windows shorter than
-the document, anywhere soft-capped scores and sinks) is done by :mod:`sparklab.engine.flex` on CUDA where that runs, and else block by block in
-:mod:`sparklab.engine.blockwise`.
+installs with has) but long ones, where cuDNN is faster (:mod:`sparklab.engine.cudnn`); on a CPU there is one causal call per document. Either costs
+the sum of the squares of their lengths, where one call with a mask would cost the square of the sum and keep a [T, T] mask alive. What flash attention
+cannot do (on a CPU sliding windows shorter than the document, anywhere soft-capped scores and sinks) is done by :mod:`sparklab.engine.flex` on CUDA where
+that runs, and else block by block in :mod:`sparklab.engine.blockwise`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparklab.engine import flex
+from sparklab.engine import cudnn, flex
 from sparklab.engine.blockwise import attend
 from sparklab.engine.cpu_attention import AttentionByProducts, AttentionPerDocument, Row
 from sparklab.engine.device import on_gpu
@@ -59,6 +59,10 @@ def packed_attention(
     dropped = dropout if module.training else 0.0
     if not blockwise and not dropped:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        known = not (windowed or hasattr(cu_seq_lens_q, RECORDED))
+        long = cudnn.attend(query, key, value, cu_seq_lens_q, lengths, scale, _varlen) if known else None
+        if long is not None:
+            return long[..., :width], None
         if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= VARLEN_WIDTH and not query.shape[-1] % 8:
             return _varlen(query, key, value, cu_seq_lens_q, max(lengths), scale, sliding_window)[..., :width], None
         if query.device.type == "cpu" and not windowed:

@@ -11,7 +11,7 @@ from sparklab.model.parts import Linear, Residual
 from sparklab.planner import expert_adapters
 from sparklab.planner.activations import LayerBytes, layer_bytes
 from sparklab.planner.fused import FrozenMlp, with_frozen_mlps
-from sparklab.planner.items import Item, filled
+from sparklab.planner.items import LONG_DOCUMENT, Item, filled
 from sparklab.planner.kernels import Engine, has_fixed_bytes, kept_with_row
 from sparklab.planner.notes import notes_of
 from sparklab.planner.recipe import Recipe
@@ -59,6 +59,7 @@ class Holdings:
             constant_bytes=4 / 64 if self.four_bit and recipe.double_quantization else 0,
             dropout_mask_bytes=0 if self.full or not recipe.dropout else 1 if box.is_gpu else self.adapter_width,
             tokens=self.tokens if fixed or self.four_bit or not box.is_gpu or (recipe.dora and not self.full) else 1,
+            long_apart=box.is_gpu and self.width == 2 and recipe.max_length >= LONG_DOCUMENT,
             longest=recipe.max_length if fixed or not box.is_gpu else 1,
         )
 

@@ -57,6 +57,8 @@ class Engine:
     """Tokens in a row: what is held however many there are is shared out among them."""
     longest: int = 1
     """Tokens in the longest document."""
+    long_apart: bool = field(default=False, kw_only=True)
+    """Attention on a GPU may take long documents one by one."""
     masked: bool = field(default=False, kw_only=True)
     """A batch of prompts with a padding mask, by the library's attention, whose own memory is counted apart."""
 
@@ -321,7 +323,8 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
     """Attention one document after the other; nothing quadratic is ever kept. Values narrower than keys are padded to their width.
 
     What a GPU does by flex_attention (:mod:`sparklab.engine.flex`), where that runs, is counted as block by block, which it falls back to.
-    The result is written where the next layer reads it; it is copied there where a kernel of blocks gives one tensor a document, or a wider one.
+    A long document that a GPU does apart has its output and its gradients twice until they are in the row's, and what it is filled up with: counted as if it
+    were the row. The result is written where the next layer reads it; it is copied there where a kernel of blocks gives one tensor a document, or a wider one.
     """
     b = engine.compute_bytes
     queries, keys = part.heads * part.head_dim * b, part.kv_heads * part.head_dim * b
@@ -337,7 +340,8 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
         tape.spike(forward_bytes(*row) / engine.tokens + (queries + 2 * keys if padded else 0))
     tape.hold(out, queries)
     tape.hold(f"{part.writes}:lse", 4 * part.heads)
-    tape.spike(queries + 4 * part.heads if row else _block_bytes(part, engine, b + 4) + document * queries)
+    apart = queries + keys if engine.long_apart and not (blockwise or engine.masked or part.window) else 0
+    tape.spike(queries + 4 * part.heads if row else _block_bytes(part, engine, b + 4) + document * queries, some=2.0 * apart)
     if engine.joins_documents or blockwise or padded:
         tape.hold(part.writes, part.heads * narrow * b)
     else:
@@ -373,7 +377,7 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
             if name in grads:
                 tape.accumulate(f"d:{name}", size)
         wider = keys - sizes[part.value] if padded and not blockwise else 0  # the values' gradient, until it is cut to their width
-        tape.spike((queries + 2 * keys) * (1 if row else document) + wider)
+        tape.spike((queries + 2 * keys) * (1 if row else document) + wider, some=4.0 * apart)
         tape.drop_any("pieces", out, f"{part.writes}:lse", "padded gradient", gradient, *(f"{kept}:{name}" for name in sizes))
 
     return backward

@@ -101,11 +101,11 @@ class Tape:
         """The tensor is handed on in another shape."""
         self._names[name][-1].viewed = True
 
-    def spike(self, size: float) -> None:
-        """A temporary tensor of ``size`` bytes, gone at once."""
+    def spike(self, size: float, some: float = 0.0) -> None:
+        """A temporary tensor of ``size`` bytes, gone at once; ``some`` rows need so much more, which is no traffic of the others."""
         self.moved += 2 * size
-        if self.now + size > self._peak:
-            self._peak, self._peak_unpacked = self.now + size, self._unpacked
+        if self.now + size + some > self._peak:
+            self._peak, self._peak_unpacked = self.now + size + some, self._unpacked
 
     def unpack(self, size: float, constants: float) -> None:
         """A 4-bit weight in full, ``size`` bytes, until :meth:`pack`; what its constants take beside it is gone at once. Their traffic is counted elsewhere."""

@@ -18,7 +18,8 @@ from support import ROOT
 from sparklab.box import Box
 from sparklab.errors import DoesNotFit, ModelError, ModelNotFound, RecipeError
 from sparklab.model.anatomy import Anatomy, from_config
-from sparklab.planner import Plan, PlanTable, Recipe, plan, recipes
+from sparklab.model.parts import Attention
+from sparklab.planner import Plan, PlanTable, Recipe, kernels, plan, recipes
 from sparklab.planner.activations import Engine, layer_bytes
 from sparklab.planner.items import answers_at_once
 from sparklab.planner.ledger import PHASES, Ledger
@@ -80,6 +81,21 @@ def test_two_workspaces_from_the_first_update_on() -> None:
     planned = plan(recipe(), box=SPARK)
     sizes = {phase: {item.name: item.size_bytes for item in items}.get("library workspace", 0.0) for phase, (_, items) in planned.ledger.phases.items()}
     assert sizes == {"load": 32 * 2**20, "train": 64 * 2**20, "evaluate": 64 * 2**20, "sample": 64 * 2**20, "save": 64 * 2**20, "merge": 0.0}
+
+
+def test_long_documents_apart_are_room_for_attention_and_no_traffic() -> None:
+    """A document's output, q, k and v filled up, and the same with gradients backward: 2 and 4 times what q and k take."""
+    part = next(part for part in Anatomy.read(LLAMA_8B).blocks[0].parts if isinstance(part, Attention))
+    found = []
+    for apart in (False, True):
+        engine, tape = Engine(2, 2, 0, frozenset(), False, 0, on_gpu=True, long_apart=apart), Tape()
+        for name, size in ((part.query, 8192.0), (part.key, 2048.0), (part.value, 2048.0)):
+            tape.hold(name, size)
+        kernels.attention(part, tape, engine, True, {part.query})
+        found.append((tape.peak.size, tape.moved))
+    assert found[1][0] - found[0][0] == 2 * (8192 + 2048) and found[1][1] == found[0][1]
+    engines = [plan(recipe(max_length=length), box=SPARK).ledger.engine for length in (1023, 1024)]
+    assert [engine.long_apart for engine in engines] == [False, True]
 
 
 def test_full_of_llama_8b_by_hand() -> None:
