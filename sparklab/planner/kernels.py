@@ -58,7 +58,7 @@ class Engine:
     longest: int = 1
     """Tokens in the longest document."""
     long_apart: bool = field(default=False, kw_only=True)
-    """Attention on a GPU may take long documents one by one."""
+    """A GPU may take long documents apart."""
     masked: bool = field(default=False, kw_only=True)
     """A batch of prompts with a padding mask, by the library's attention, whose own memory is counted apart."""
 
@@ -323,8 +323,7 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
     """Attention one document after the other; nothing quadratic is ever kept. Values narrower than keys are padded to their width.
 
     What a GPU does by flex_attention (:mod:`sparklab.engine.flex`), where that runs, is counted as block by block, which it falls back to.
-    A long document that a GPU does apart has its output and its gradients twice until they are in the row's, and what it is filled up with: counted as if it
-    were the row. The result is written where the next layer reads it; it is copied there where a kernel of blocks gives one tensor a document, or a wider one.
+    The result is written where the next layer reads it; it is copied there where a kernel of blocks gives one tensor a document, or a wider one.
     """
     b = engine.compute_bytes
     queries, keys = part.heads * part.head_dim * b, part.kv_heads * part.head_dim * b
@@ -340,8 +339,7 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
         tape.spike(forward_bytes(*row) / engine.tokens + (queries + 2 * keys if padded else 0))
     tape.hold(out, queries)
     tape.hold(f"{part.writes}:lse", 4 * part.heads)
-    apart = queries + keys if engine.long_apart and not (blockwise or engine.masked or part.window) else 0
-    tape.spike(queries + 4 * part.heads if row else _block_bytes(part, engine, b + 4) + document * queries, some=2.0 * apart)
+    tape.spike(queries + 4 * part.heads if row else _block_bytes(part, engine, b + 4) + document * queries, some=2 * _apart_bytes(part, engine))
     if engine.joins_documents or blockwise or padded:
         tape.hold(part.writes, part.heads * narrow * b)
     else:
@@ -377,7 +375,7 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
             if name in grads:
                 tape.accumulate(f"d:{name}", size)
         wider = keys - sizes[part.value] if padded and not blockwise else 0  # the values' gradient, until it is cut to their width
-        tape.spike((queries + 2 * keys) * (1 if row else document) + wider, some=4.0 * apart)
+        tape.spike((queries + 2 * keys) * (1 if row else document) + wider, some=4 * _apart_bytes(part, engine))
         tape.drop_any("pieces", out, f"{part.writes}:lse", "padded gradient", gradient, *(f"{kept}:{name}" for name in sizes))
 
     return backward
@@ -386,6 +384,13 @@ def attention(part: Attention, tape: Tape, engine: Engine, saves: bool, grads: s
 def _is_blockwise(part: Attention, engine: Engine) -> bool:
     """Whether scores are made block by block: soft-capped ones, those with sinks, and on a CPU those of a window shorter than a document."""
     return bool(part.capped or part.sinks or (0 < part.window < engine.longest and not engine.on_gpu))
+
+
+def _apart_bytes(part: Attention, engine: Engine) -> float:
+    """Of a long document done apart, as if it were the row: queries and keys once. Its output and its gradients are there twice until they are in the
+    row's, and it is filled up."""
+    plain = engine.long_apart and not (engine.masked or part.window or _is_blockwise(part, engine))
+    return float(engine.compute_bytes * part.head_dim * (part.heads + part.kv_heads)) if plain else 0.0
 
 
 def _is_by_products(part: Attention, engine: Engine) -> bool:
