@@ -58,8 +58,11 @@ from sparklab.engine.checkpoint import step_path
 from sparklab.engine.fast import ready_model
 from sparklab.engine.gauge import Gauge, asked_bytes
 from sparklab.engine.loss import chunked_cross_entropy, full_cross_entropy
+from sparklab.engine.mlp import gate_of
 from sparklab.engine.trainer import PackedTrainer, mean_loss
+from sparklab.model import expert_kernels
 from sparklab.model.blank import blank_base
+from sparklab.model.experts import Route
 from sparklab.model.load import ATTENTION_LINEARS, causal_lm
 from sparklab.planner import plan
 from sparklab.planner.items import loss_tile
@@ -166,6 +169,38 @@ def liger_trial(folder: Path) -> tuple[str, str]:
     except importlib.metadata.PackageNotFoundError:
         return "liger-kernel is not installed", ""
     return (f"{version}: norm, rotary positions, gates {sorted(kernels.gated)}" if kernels else version), refused
+
+
+def experts_trial(folder: Path) -> tuple[str, str]:
+    """Our Triton kernels for experts, accepted or refused by their own trial; then each in bf16 beside torch's operations, for 16,384 rows on CUDA."""
+    rows, inner, width, k = (16384, 768, 2048, 8) if CUDA else (64, 24, 32, 8)
+    draw = {"generator": torch.Generator(DEVICE).manual_seed(5), "device": DEVICE, "dtype": torch.bfloat16}
+    gate_up, grad, whole = (torch.randn(rows, many, **draw) for many in (2 * inner, inner, width))
+    route = Route.of(torch.arange(rows, device=DEVICE).view(-1, k) % 7, 7, False)
+    shares, act = torch.rand(rows // k, k, **draw), gate_of(torch.nn.SiLU())
+    assert act is not None
+    work = {"gate": lambda: act.halves_product(gate_up), "its gradients": lambda: act.halves_gradients_(grad, gate_up.clone()),
+            "sum": lambda: route.gather_sum(whole, shares)}  # fmt: skip
+    said, wrong = [], expert_kernels.refusal(DEVICE)
+    for name, ours in work.items():
+        with patched(expert_kernels, "DEVICE", "none"):
+            theirs, plain = ours(), seconds_of(ours)
+        distance = float((ours().float() - theirs.float()).norm() / theirs.float().norm())
+        said.append(f"{name} {1e6 * seconds_of(ours):.0f} us (torch {1e6 * plain:.0f}), {distance:.1e} apart")
+        wrong = wrong or (f"{name} is off" if not distance < 1e-2 else "")
+    return "; ".join(said), wrong
+
+
+def seconds_of(work: Callable[[], Any], times: int = 20) -> float:
+    """Of one call, the device waited for at both ends; the first does not count."""
+    wait = torch.cuda.synchronize if CUDA else (lambda: None)
+    work()
+    wait()
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    wait()
+    return (time.perf_counter() - began) / times
 
 
 FLEX: list[tuple[str, str]] = []
@@ -382,7 +417,7 @@ Case = Callable[[Path], tuple[str, str]]
 
 def cases() -> dict[str, Case]:
     """Name to what is to be done, in order: what says most first."""
-    found: dict[str, Case] = {"box": box_case, "liger's trial": liger_trial}
+    found: dict[str, Case] = {"box": box_case, "liger's trial": liger_trial, "experts' trial": experts_trial}
     for dtype in ("bf16", "fp32"):
         for family, config in {**FAMILIES, **WIDTHS}.items():
             found[f"{family} {dtype}"] = lambda folder, config=config, dtype=dtype: compare(folder, config, dtype, {}, {})

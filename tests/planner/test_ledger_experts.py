@@ -1,7 +1,8 @@
 """Adapters on experts in the ledger, against a real step storage by storage."""
 
 import pytest
-from family_configs import SMALL
+from family_configs import REAL, SMALL
+from grid import ALL, compared, write_config
 from real_step import measured_peak
 from test_ledger_real import planned_peak
 
@@ -25,3 +26,18 @@ def test_the_ledger_counts_them(family, changes, documents):
     recipe = Recipe(**{**settings, **changes})
     measured = measured_peak(SMALL[family], recipe, documents)
     assert 0.997 * measured <= planned_peak(SMALL[family], recipe) <= 1.02 * measured
+
+
+WIDE = ["DeepSeek-V2-Lite", "DeepSeek-V3", "Mixtral-8x7B", "OLMoE-1B-7B", "Qwen3-30B-A3B", "gpt-oss-20B"]
+
+
+def test_every_mixture_is_here():
+    assert {model for model, values in REAL.items() if values["model_type"] in MIXTURES} == set(WIDE)
+
+
+@pytest.mark.parametrize("model", WIDE)
+def test_experts_without_adapters(model, tmp_path):
+    """What comes and goes at real widths, without the weights beside which it would look small: a percent from the trace."""
+    path = write_config(tmp_path, model)
+    for changes in ({"targets": "attention"}, {"targets": "attention", **ALL}):
+        assert compared(path, changes).moving == pytest.approx(1, abs=0.01), changes
