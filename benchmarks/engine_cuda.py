@@ -250,19 +250,28 @@ def unsloth(config: dict[str, Any], method: str, tokens: int, layers: str, updat
     return durations(ends)
 
 
+def on_meta(config: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.bfloat16)
+
+
+def checkpoint_bytes(config: dict[str, Any]) -> int:
+    return 2 * sum(parameter.numel() for parameter in on_meta(config).parameters())
+
+
 def write_checkpoint(config: dict[str, Any], folder: Path) -> None:
     """Random weights as files, some GB at a time, with a tokenizer; once a folder. Ends the process where the disk has no room for them."""
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return
-    values = dict(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.bfloat16)
+    model = on_meta(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    size = 2 * sum(parameter.numel() for parameter in model.parameters())
+    size = checkpoint_bytes(config)
     if (free := shutil.disk_usage(folder).free) < 1.05 * size:
         raise SystemExit(f"its checkpoint of random weights takes {size / 1e9:.0f} GB and {free / 1e9:.0f} GB of disk are free")
     write_config(config, folder)
@@ -390,10 +399,12 @@ def row(name: str, by: str, found: list[dict[str, Any]], base: list[dict[str, An
             f"| {told['ceiling_tflops']:.4g} | {planned} | {told['allocated_gib']:.2f} | {told['reserved_gib']:.2f} | {said} |")  # fmt: skip
 
 
-def lacking(by: str, python: str) -> str:
+def lacking(by: str, python: str, name: str) -> str:
     """Why a side cannot be measured here at all, in words; "" where it can."""
     if by == "unsloth" and not torch.cuda.is_available():
         return "needs a GPU"
+    if by == "unsloth" and (size := checkpoint_bytes(CASES[name][0])) > (free := shutil.disk_usage(tempfile.gettempdir()).free):
+        return f"reads weights from files, and those take {size / 1e9:.0f} GB where {free / 1e9:.0f} GB of disk are free"
     if by == "unsloth":
         done = subprocess.run(
             [python, "-c", "import importlib.util as u; print(u.find_spec('unsloth') is not None)"], capture_output=True, text=True, check=False
@@ -449,9 +460,9 @@ def take_turns(names: list[str], asked: argparse.Namespace) -> None:
         "|---" * len(HEADS) + "|",
     ]
     extra = trl_folder() if "trl" in asked.by else None
-    missing = {by: lacking(by, asked.unsloth) for by in asked.by}
-    turns = [(name, by) for name in names for _ in range(asked.repeats) for by in asked.by if not missing[by]]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {(name, by): [{"failed": why}] if why else [] for name in names for by, why in missing.items()}
+    missing = {(name, by): lacking(by, asked.unsloth, name) for name in names for by in asked.by}
+    turns = [(name, by) for name in names for _ in range(asked.repeats) for by in asked.by if not missing[name, by]]
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {turn: [{"failed": why}] if why else [] for turn, why in missing.items()}
     versions: dict[str, Any] = {}
 
     def start(turn: tuple[str, str]) -> subprocess.Popen[str] | OSError:

@@ -112,11 +112,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest:
     if there is None:  # once a row, not once a layer
         there = borders.to(query.device, non_blocking=True)
         setattr(borders, _THERE, there)
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # a view back too, where [0] lays the gradient into zeros
     seen = (-1 if window is None else window - 1, 0)
     grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _asks_for_groups(varlen_attn) else {}
     out: Any = varlen_attn(q, k, v, there, there, longest, longest, scale=scale, window_size=seen, **grouped)
-    joined: Tensor = out[None]
+    joined: Tensor = out.unsqueeze(0)
     return joined
 
 

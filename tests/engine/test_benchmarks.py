@@ -114,4 +114,4 @@ def test_what_fails_is_a_row(tmp_path):
     line = engine_cuda.row("toy", "trl", [{**good, "tokens_per_second": 40.0}, {"failed": "ValueError: a | b"}], [good])
     assert line == "| toy | trl | none | 40 (90 to 110) | 2.50x | 50.0% | 90 |  | 1.00 | 2.00 | 1 of 2 failed: ValueError: a / b |"
     assert engine_cuda.row("toy", "trl", [{"failed": "x"}], [good]).count("|") == line.count("|")
-    assert "needs a GPU" in engine_cuda.lacking("unsloth", sys.executable) or torch.cuda.is_available()
+    assert "needs a GPU" in engine_cuda.lacking("unsloth", sys.executable, "toy") or torch.cuda.is_available()
