@@ -9,7 +9,7 @@ A sink s only enters the sum of the weights: with lse the log-sum-exp of a row's
 Compiled code is made for one shape and grows in number with them, so rows are filled up to few lengths, and each *variant* (shape, window, cap ...) is
 tried once, forward and backward, against block by block code on the very tensors that asked for it. One that does not compile (a chip with little
 shared memory, no C compiler), gives other numbers, or would be one too many for torch's compiler is left to block by block code, and the log says
-why. A plan counts block by block code. Not measured on a GPU yet.
+why. A plan counts block by block code.
 """
 
 from __future__ import annotations
