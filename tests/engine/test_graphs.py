@@ -143,3 +143,15 @@ def test_only_one_kernel_reads_borders_on_the_device():
     q = torch.zeros(1, 2, 8, 4)
     with pytest.raises(RuntimeError, match="where they end"):
         attention.packed_attention(torch.nn.Module(), q, q, q, cu_seq_lens_q=borders, softcap=30.0)
+
+
+def test_answers_are_given_without_recorded_rows_in_memory(monkeypatch):
+    from types import SimpleNamespace
+
+    from sparklab.run import session
+
+    done = []
+    monkeypatch.setattr(session, "answer", lambda *_: done.append("answered") or ["yes"])
+    run = SimpleNamespace(model=None, tokenizer=None, recipe=SimpleNamespace(answer_tokens=4),
+                          reporter=SimpleNamespace(trainer=SimpleNamespace(graphs=SimpleNamespace(drop=lambda: done.append("dropped")))))  # fmt: skip
+    assert session.Session._answer(run, [[1]]) == ["yes"] and done == ["dropped", "answered"]
