@@ -1,4 +1,4 @@
-"""NOT YET RUN ON A GPU: no CUDA device was at hand when this was written. What has run is ``--small`` on a CPU, which a test does.
+"""Not yet run on a GPU as it stands: what has is the same training step in ``engine_cuda.py``, planned beside allocated. A test runs ``--small`` on a CPU.
 
 Rehearses the sizes a 128 GB box is bought for, on whatever CUDA device runs this, held to the memory such a box has: 8B and 32B LoRA,
 30B-A3B LoRA (mixture of experts) and 70B QLoRA, each at full size with random weights, with the settings the planner chooses for that much
