@@ -384,7 +384,7 @@ def recorded(folder: Path, family: str, changes: dict[str, Any]) -> tuple[str, s
         if not recording:
             trainer.graphs.refuse("to compare with")
         trainer.train()
-        told = [f"{kind}: plainly {min(trial.plain[1:]) * 1e3:.0f} ms, replayed {min(trial.replayed[1:]) * 1e3:.0f} ms"
+        told = [f"{kind}: plainly {min(trial.plain[1:]) * 1e3:.0f} ms, replayed {min(trial.replayed) * 1e3:.0f} ms"
                 for kind, trial in trainer.graphs._trials.items() if trial.decided and not trainer.graphs.why_not]  # fmt: skip
         said = trainer.graphs.why_not or "; ".join(told)
         return [line["loss"] for line in trainer.state.log_history if "loss" in line], torch.cat([one.detach().flatten() for one in trainer._learned]), said

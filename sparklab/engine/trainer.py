@@ -124,7 +124,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         # Thousands of modules are walked through in no time that an update on a fast GPU has: what learns is looked up once.
         self._learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.zero_grad = partial(drop_gradients, self._learned)  # type: ignore[method-assign]
-        self.graphs = Graphs(self._learned, recipe.micro_batch_tokens, self._not_recorded())
+        self.graphs = Graphs(self._learned, recipe.micro_batch_tokens, self._not_recorded(), clear=partial(let_go, model))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
         """Cross-entropy of one row, as its part of the mean over the ``num_items_in_batch`` supervised tokens of the update."""
@@ -191,6 +191,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Trainer's own; what was recorded goes with it."""
+        self.model.train()  # a base comes from its files in evaluation mode, under adapters that are not: the model's own word is no sign
         try:
             return super().train(*arguments, **options)
         finally:
@@ -223,7 +224,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     def measure_loss(self) -> dict[str, float]:
         """Held-out loss as ``eval_loss`` and the supervised tokens it is a mean over as ``eval_tokens``."""
         self.where = "evaluate"
-        self.graphs.drop()  # a plan counts what evaluation holds beside the weights, not beside a training row's memory
+        self.graphs.make_way()  # a plan counts what evaluation holds beside the weights, not beside a training row's memory
         while True:
             try:
                 measured = mean_loss(self.model, self.eval_dataset or (), self.recipe.loss, self.args.device, self.row_tokens)
@@ -250,7 +251,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
                     self._tr_loss += self._step(model, row, num_items_in_batch)
                 return self._step(model, rows[-1], num_items_in_batch)
             except Exception as error:
-                if not (is_out_of_memory(error) and self._take_less()):
+                if not (is_out_of_memory(error) and (self._without_graphs() or self._take_less())):
                     raise
             # Out of the handler, so that nothing refers to what the failed pass held. Its gradients may be half there: all of them go, and the
             # update begins again, with the random numbers it had.
@@ -260,7 +261,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             self.watch.restart()
             self._tr_loss.zero_()
             self.update_tokens = 0
-            checkpoint.set_rng(self._random)
+            if self._random:
+                checkpoint.set_rng(self._random)
             rows = list(self._update)
 
     def _step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any) -> Tensor:
@@ -281,6 +283,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
         """None are counted, see :mod:`sparklab.planner.cost`: Trainer would walk through all modules for it at every row."""
         return 0
+
+    def _without_graphs(self) -> bool:
+        """Lets go of recordings, for good; whether there were any. A row that is computed plainly beside them holds its activations a second time."""
+        held = self.graphs.held
+        if held:
+            self.graphs.refuse("memory ran out")
+        return held
 
     def _take_less(self) -> bool:
         """Halves what goes through the model at once, where the recipe allows it and it helps. Documents are never cut for it: what they are

@@ -200,7 +200,7 @@ class Session:
         return exact_match(given, [chat.answer for chat in chats])
 
     def _answer(self, prompts: list[list[int]]) -> list[str]:
-        self.reporter.trainer.graphs.drop()  # a plan counts what answers hold beside the weights, not beside a recorded row
+        self.reporter.trainer.graphs.make_way()  # a plan counts what answers hold beside the weights, not beside a recorded row
         return answer(self.model, self.tokenizer, prompts, self.recipe.answer_tokens, self.recipe)
 
     def _sample(self, prompts: tuple[str, ...]) -> None:
