@@ -104,7 +104,7 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
-        row = ctx.row
+        row, ctx.row = ctx.row, None  # the loss outlives this, and would hold the recording
         row.d_hidden[: ctx.tokens].copy_(grad)
         row.d_hidden[ctx.tokens :].zero_()
         row.backward()
@@ -218,6 +218,7 @@ class Graphs:
     def _give_back(self) -> None:
         self._pool = None
         if self._record is None:
+            torch._C._cuda_clearCublasWorkspaces()  # those of the stream that was recorded on: nothing else may need them again
             torch.cuda.empty_cache()
 
     def refuse(self, why: str) -> None:

@@ -1,5 +1,6 @@
 """Rows replayed from recordings: the same weights as rows computed plainly. CUDA's recorder is stood in for by one that does the work again."""
 
+import gc
 import types
 import weakref
 from contextlib import nullcontext
@@ -285,3 +286,18 @@ def test_all_of_a_model_is_in_training_mode_though_its_base_came_in_evaluation_m
             return super().compute_loss(model, *given, **options)
 
     assert train(None, rows=make_rows([[64]]), kind=FromFiles).state.global_step == 1
+
+
+def test_a_loss_that_is_still_there_does_not_hold_the_recording():
+    learned = torch.nn.Parameter(torch.ones(3))
+    run = Graphs([learned], 4, record=Recorder())
+    inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": torch.arange(4)[None], "cu_seq_lens_q": torch.tensor([0, 4], dtype=torch.int32)}
+    for _ in range(4):
+        with run.row(inputs):
+            states = run.states(lambda row: learned * row["position_ids"][0, :, None], inputs)
+            loss = (learned * torch.arange(4)[:, None] if states is None else states).sum()
+            loss.backward()
+    (row,) = (weakref.ref(row) for row in run._rows.values())
+    run.drop()
+    gc.collect()  # the stand-in's work refers to itself
+    assert loss.grad_fn is not None and row() is None
