@@ -13,7 +13,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     parser = build_parser()
     parser.check_verb(next(iter(words), ""))
-    options = parser.parse_args(words)
+    options, strangers = parser.parse_known_args(words)
+    parser.check_flags(words[0] if words else "", strangers)
     try:
         return int(options.run(options) or 0)
     except SparklabError as error:
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Parser(argparse.ArgumentParser):
     """argparse's, which says of a verb that does not exist which one is near, and not all of them."""
 
-    verbs: Collection[str] = ()
+    verbs: Mapping[str, argparse.ArgumentParser] = MappingProxyType({})
 
     def check_verb(self, word: str) -> None:
         """Ends with status 2 where the first word is no verb."""
@@ -76,6 +77,16 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(word, self.verbs, n=1)
         fix = ELSEWHERE.get(word) or (f"did you mean {near[0]}?" if near else "sparklab --help lists the verbs")
         self.error(f"there is no verb {clean(word, 80)!r}; {fix}")
+
+    def check_flags(self, verb: str, strangers: Sequence[str]) -> None:
+        """Ends with status 2 where words of the line are nothing that the verb knows; names the flag that is near, and not all of them."""
+        if not strangers:
+            return
+        word = next((word for word in strangers if word.startswith("-")), strangers[0]).split("=")[0]
+        known = self.verbs[verb]._option_string_actions if verb in self.verbs else self._option_string_actions
+        near = difflib.get_close_matches(word, known, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"sparklab {verb} --help lists what it takes"
+        self.exit(USER_ERROR, f"{self.prog}: error: {verb} does not know {clean(word, 80)!r}; {fix}\n")
 
 
 def build_parser() -> Parser:

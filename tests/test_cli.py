@@ -112,6 +112,17 @@ def test_a_verb_that_does_not_exist_is_answered_with_the_nearest(tmp_path):
         assert len(result.stderr.splitlines()) == 2
 
 
+def test_a_flag_that_does_not_exist_is_answered_with_the_nearest(tmp_path):
+    for words, said in (
+        (["plan", "tiny", "--rnk", "4"], "plan does not know '--rnk'; did you mean --rank?"),
+        (["plan", "tiny", "--micro-batch-tokn=4"], "plan does not know '--micro-batch-tokn'; did you mean --micro-batch-tokens?"),
+        (["runs", ".", "--zzz"], "runs does not know '--zzz'; sparklab runs --help lists what it takes"),
+        (["box", "this", "that"], "box does not know 'that'; sparklab box --help"),
+    ):
+        result = run_cli(*words, cwd=tmp_path)
+        assert result.returncode == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
+
+
 def test_usage_errors_are_argparses(tmp_path):
     for arguments in ([], ["fly"], ["plan"], ["plan", "tiny", "--rank", "--json"]):
         result = run_cli(*arguments, cwd=tmp_path)
