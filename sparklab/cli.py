@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
             return
         word = next((word for word in strangers if word.startswith("-")), strangers[0]).split("=")[0]
         known = self.verbs[verb]._option_string_actions if verb in self.verbs else self._option_string_actions
-        near = difflib.get_close_matches(word, known, n=1)
+        near = difflib.get_close_matches(word, [flag for flag in known if flag not in ("-h", "--help")], n=1)
         fix = f"did you mean {near[0]}?" if near else f"sparklab {verb} --help lists what it takes"
         self.exit(USER_ERROR, f"{self.prog}: error: {verb} does not know {clean(word, 80)!r}; {fix}\n")
 

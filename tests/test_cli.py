@@ -117,6 +117,7 @@ def test_a_flag_that_does_not_exist_is_answered_with_the_nearest(tmp_path):
         (["plan", "tiny", "--rnk", "4"], "plan does not know '--rnk'; did you mean --rank?"),
         (["plan", "tiny", "--micro-batch-tokn=4"], "plan does not know '--micro-batch-tokn'; did you mean --micro-batch-tokens?"),
         (["runs", ".", "--zzz"], "runs does not know '--zzz'; sparklab runs --help lists what it takes"),
+        (["evaluate", "run", "--held-out", "3"], "evaluate does not know '--held-out'; sparklab evaluate --help"),
         (["box", "this", "that"], "box does not know 'that'; sparklab box --help"),
     ):
         result = run_cli(*words, cwd=tmp_path)
