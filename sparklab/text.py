@@ -28,6 +28,15 @@ def one_line(text: object, limit: int = 300) -> str:
     return clean(" ".join(clean(text, 4 * limit).split()), limit)
 
 
+def said(error: Exception, line: int = 0) -> str:
+    """What kind of error it is and one line of its words, the first unless ``line`` says another.
+
+    >>> said(ValueError("no\\nand why"))
+    'ValueError: no'
+    """
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no word'])[line][:200]}"
+
+
 def harmless_json(text: str) -> str:
     """A JSON text with what a terminal would obey written as ``\\u`` escapes: the same values, readable letters left as they are.
 

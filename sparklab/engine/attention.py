@@ -26,7 +26,6 @@ from sparklab.engine.device import on_gpu
 from sparklab.errors import ModelError
 
 NAME = "sparklab_packed"
-VARLEN_WIDTH: Final = 256  # the widest head that flash attention's kernels take
 RECORDED: Final = "sparklab_recorded"
 """Of borders that stand for any row's, while a CUDA graph is recorded: where on the device the row's own will lie, int32 [documents + 1]."""
 _THERE: Final = "sparklab_on_the_device"
@@ -63,7 +62,7 @@ def packed_attention(
         long = cudnn.attend(query, key, value, cu_seq_lens_q, lengths, scale, _varlen) if known else None
         if long is not None:
             return long[..., :width], None
-        if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= VARLEN_WIDTH and not query.shape[-1] % 8:
+        if query.device.type == "cuda" and cudnn.takes(query):
             return _varlen(query, key, value, cu_seq_lens_q, max(lengths), scale, sliding_window)[..., :width], None
         if query.device.type == "cpu" and not windowed:
             products = query.dtype == torch.bfloat16 and not on_gpu(query)
@@ -71,7 +70,7 @@ def packed_attention(
             out: Tensor = (AttentionByProducts if products else AttentionPerDocument).apply(query, key, value, places, scale)  # type: ignore[no-untyped-call]
             return out[..., :width], None
     _refuse_to_record(cu_seq_lens_q)
-    if (blockwise or windowed or query.shape[-1] > VARLEN_WIDTH) and not dropped:
+    if (blockwise or windowed or query.shape[-1] > cudnn.WIDEST) and not dropped:
         together = flex.attend(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap, s_aux)
         if together is not None:
             return together[..., :width], None

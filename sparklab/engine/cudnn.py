@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparklab.engine.flex import apart
 from sparklab.planner.items import LONG_DOCUMENT
+from sparklab.text import said
 
 DEVICE = "cuda"
 """The kind of device it runs on. (No Final: tests split and join on a CPU, with its kernel in both places.)"""
@@ -29,7 +31,7 @@ LEAST = LONG_DOCUMENT
 STEP: Final = 256
 LONG: Final = 4096  # tokens from which on a document has a trial of its own
 GAIN: Final = 1.05  # how much faster it must be
-WIDEST: Final = 256
+WIDEST: Final = 256  # the widest head that both take
 BOUND = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """How far a trial may be from flash attention, in the size of each tensor, and the types that both take."""
 
@@ -71,8 +73,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, lengths: 
 
     ``borders`` are (0, ..., T) and ``lengths`` their differences, both on the CPU; ``plain`` is flash attention.
     """
-    fits = query.dtype in BOUND and query.shape[-1] <= WIDEST and not query.shape[-1] % 8
-    if query.device.type != DEVICE or not fits or max(lengths) < LEAST:
+    if query.device.type != DEVICE or not takes(query) or max(lengths) < LEAST:
         return None
     rows: dict[Any, Any] = getattr(borders, "sparklab_stretches", {})
     form = (query.shape[1], key.shape[1], query.shape[3], query.dtype)
@@ -85,6 +86,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, lengths: 
         borders.sparklab_stretches = rows  # type: ignore[attr-defined]
     out: Tensor | None = _Row.apply(query, key, value, rows[form], scale) if rows[form] else None  # type: ignore[no-untyped-call]
     return out
+
+
+def takes(query: Tensor) -> bool:
+    """Whether cuDNN and flash attention have kernels for heads of this type and width."""
+    return query.dtype in BOUND and query.shape[-1] <= WIDEST and not query.shape[-1] % 8
 
 
 def stretches(lengths: Sequence[int], chosen: Sequence[bool], device: torch.device) -> tuple[Stretch, ...]:
@@ -203,17 +209,16 @@ def _trial(kind: Kind, document: list[Tensor], scale: float, plain: Plain) -> Ve
                     out = plain(*leaves, borders, longest, scale, None)
                     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
-                pairs = zip(ours(), theirs(), strict=True)
-                off = max(float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-20)) for one, other in pairs)
+                off = apart(ours(), theirs())
                 if not off <= BOUND[kind.dtype]:
                     return Verdict(False, f"other numbers than flash attention, {off:.2g} of their size apart")
             mine, flash = timed(ours), timed(theirs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a driver's, another version's: whatever it is, there is another way
-            return Verdict(False, f"does not run here ({type(error).__name__}: {(str(error).strip().splitlines() or ['no word'])[0][:200]})")
-    said = f"{tokens:,} tokens forward and backward: cuDNN {mine:.3f} ms, flash attention {flash:.3f} ms; {off:.1e} of their size apart"
-    return Verdict(flash >= GAIN * mine, said)
+            return Verdict(False, f"does not run here ({said(error)})")
+    figures = f"{tokens:,} tokens forward and backward: cuDNN {mine:.3f} ms, flash attention {flash:.3f} ms; {off:.1e} of their size apart"
+    return Verdict(flash >= GAIN * mine, figures)
 
 
 def timed(function: Callable[[], Any]) -> float:

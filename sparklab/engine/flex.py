@@ -15,7 +15,7 @@ why. A plan counts block by block code.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparklab.engine import blockwise
+from sparklab.text import said
 
 DEVICE = "cuda"
 """The kind of device it runs on. (No Final: tests run torch's uncompiled reference on a CPU.)"""
@@ -182,12 +183,17 @@ def _trial(variant: Variant, query: Tensor, key: Tensor, value: Tensor, borders:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a compiler's, a driver's: whatever it is, there is another way
-            return f"flex_attention does not run here ({type(error).__name__}: {(str(error).strip().splitlines() or ['no word'])[0][:200]})"
+            return f"flex_attention does not run here ({said(error)})"
         wanted = _block_by_block(variant, given, borders)
         checked = [wanted, *(torch.autograd.grad(wanted, leaves, query.detach()) if leaves else ())]
     with torch.no_grad():
-        off = max(float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-20)) for one, other in zip(found, checked, strict=True))
+        off = apart(found, checked)
     return "" if off <= BOUND[variant.dtype] else f"flex_attention gives other numbers here than block by block code, {off:.2g} of their size apart"
+
+
+def apart(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """How far tensors are from what they should be, in the size of each; the farthest."""
+    return max(float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-20)) for one, other in zip(found, wanted, strict=True))
 
 
 def _block_by_block(variant: Variant, given: list[Tensor], borders: Tensor) -> Tensor:

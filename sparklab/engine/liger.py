@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparklab.text import said
+
 DEVICE = "cuda"
 """The kind of device they run on. (No Final: Triton's interpreter runs them on a CPU, in tests.)"""
 CASTS: Final = {"llama": ("llama", 0.0), "olmo": ("gemma", 0.0), "gemma": ("gemma", 1.0)}
@@ -104,7 +106,7 @@ def _decide() -> tuple[Kernels | None, str]:
         found = _load()
         wrong = _disagreement(found)
     except Exception as error:  # noqa: BLE001 - a compiler's, a driver's, another version's: whatever it is, there is another way
-        wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no word'])[-1][:200]}"
+        wrong = said(error, -1)
     return (found, "") if not wrong else (None, f"{name} is installed and not used, for a trial of its kernels failed ({wrong})")
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparklab.text import said
+
 DEVICE = "cuda"
 """The kind of device they run on. (No Final: Triton's interpreter runs them on a CPU, in tests.)"""
 ROWS, TOKENS, CHOICES, INNER, WIDTH = 6, 3, 2, 72, 1100  # of the trial: neither fills its blocks
@@ -57,7 +59,7 @@ def _decide() -> tuple[ModuleType | None, str]:
 
         wrong = _disagreement(found)
     except Exception as error:  # noqa: BLE001 - a compiler's, a driver's: whatever it is, there is another way
-        wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no word'])[-1][:200]}"
+        wrong = said(error, -1)
     return (found, "") if not wrong else (None, f"a trial of our Triton kernels for experts failed ({wrong})")
 
 
