@@ -5,10 +5,12 @@ is 4,100 kernels, 138 ms of work on an H200 and 250 ms of launching (benchmarks/
 
 Recorded are the decoder's two passes; the loss, whose work depends on how many tokens are supervised, stays outside. A graph has one shape, so a row is
 filled up to the recipe's ``micro_batch_tokens`` by one more document; where documents begin and end is read on the device, by the one kernel that
-takes them all. Gradients are added up in tensors that stay. Whether replaying pays is found out on the first rows, by the clock; what cannot be recorded
-(soft caps, sinks, positions that are turned document by document, kernels that ask the device a question) is trained as before, and so is a row that
-is much shorter, whatever the reason. A recording holds a row's activations for as long as it is there, and a plan counts them once: it goes before
-anything else needs as much, and is made again afterwards, unless that happens too often to pay.
+takes them all. Where several rows make an update, gradients are added up in tensors that stay; where one does, they are what its second graph leaves.
+
+Whether replaying pays is found out on the first rows, by the clock; what cannot be recorded (soft caps, sinks, positions that are turned document by
+document, kernels that ask the device a question) is trained as before, and so is a row that is much shorter, whatever the reason. A recording holds a
+row's activations for as long as it is there, and a plan counts them once: it goes before anything else needs as much, and is made again afterwards,
+unless that happens too often to pay.
 """
 
 from __future__ import annotations
@@ -45,9 +47,9 @@ Kind = tuple[bool, int]
 class _Recorded:
     """One shape of row: what goes in, what comes out, and the two passes between."""
 
-    def __init__(self, kind: Kind, tokens: int, device: torch.device, learned: Sequence[nn.Parameter]) -> None:
+    def __init__(self, kind: Kind, tokens: int, device: torch.device, learned: Sequence[nn.Parameter], alone: bool) -> None:
         whole, room = kind
-        self.tokens, self.learned = tokens, learned
+        self.tokens, self.learned, self.alone = tokens, learned, alone
         self.count = torch.arange(tokens, device=device)[None]
         self.ends = torch.full((room + 1,), tokens, dtype=torch.int32, device=device)
         borders = torch.tensor([0, tokens], dtype=torch.int32)
@@ -67,6 +69,10 @@ class _Recorded:
 
         def backward() -> None:
             found = torch.autograd.grad(self.hidden, self.learned, self.d_hidden, allow_unused=True)
+            if self.alone:
+                # as the parameters lie, which autograd sees to elsewhere, and fused optimizers rely on
+                self.gradients = [new if new is None else new.contiguous() for new in found]
+                return
             pairs = [(total, new) for total, new in zip(self.gradients, found, strict=True) if total is not None]
             torch._foreach_add_([total for total, _ in pairs], [new for _, new in pairs])
 
@@ -74,7 +80,8 @@ class _Recorded:
             forward()
             self.d_hidden = torch.zeros_like(self.hidden)
             found = torch.autograd.grad(self.hidden, self.learned, self.d_hidden, allow_unused=True)
-            self.gradients = [None if new is None else torch.zeros_like(parameter) for new, parameter in zip(found, self.learned, strict=True)]
+            if not self.alone:
+                self.gradients = [None if new is None else torch.zeros_like(parameter) for new, parameter in zip(found, self.learned, strict=True)]
             del self.hidden
 
         warm(first)
@@ -92,6 +99,23 @@ class _Recorded:
         self.told = torch.nn.functional.pad(borders, (0, len(self.ends) - len(borders)), value=self.tokens)  # kept: one pool's device may read it later
         self.ends.copy_(self.told, non_blocking=True)
 
+    def own_totals(self) -> None:
+        """Makes the tensors that the graphs add to the gradients of what learns, with what is there already."""
+        pairs = [(parameter, total) for parameter, total in zip(self.learned, self.gradients, strict=True) if total is not None]
+        if not pairs or pairs[0][0].grad is pairs[0][1]:
+            return
+        torch._foreach_zero_([total for _, total in pairs])
+        for parameter, total in pairs:
+            if parameter.grad is not None:
+                total.copy_(parameter.grad)
+            parameter.grad = total
+
+    def hand_out(self) -> None:
+        """Makes what the second graph left the gradients of what learns. The next row writes over them: the update must be done by then."""
+        for parameter, new in zip(self.learned, self.gradients, strict=True):
+            if new is not None:
+                parameter.grad = new
+
 
 class _Replay(torch.autograd.Function):
     """Hands a recorded row to autograd: the states of its first ``tokens``, and the gradients to where they are added up."""
@@ -108,6 +132,8 @@ class _Replay(torch.autograd.Function):
         row.d_hidden[: ctx.tokens].copy_(grad)
         row.d_hidden[ctx.tokens :].zero_()
         row.backward()
+        if row.alone:
+            row.hand_out()
         return None, None, None
 
 
@@ -135,14 +161,21 @@ class _Trial:
 class Graphs:
     """The recorded rows of one training run.
 
-    ``why_not`` is "" while rows may be recorded, else the reason in words; it stays once it is there. ``clear`` lets go of what a forward pass that
-    broke off has left in the model.
+    ``why_not`` is "" while rows may be recorded, else the reason in words; it stays once it is there. ``alone``: each row is an update.
+    ``clear`` lets go of what a forward pass that broke off has left in the model.
     """
 
     def __init__(
-        self, learned: Sequence[nn.Parameter], tokens: int, why_not: str = "", record: Record | None = None, clear: Callable[[], None] = lambda: None
+        self,
+        learned: Sequence[nn.Parameter],
+        tokens: int,
+        why_not: str = "",
+        *,
+        alone: bool,
+        record: Record | None = None,
+        clear: Callable[[], None] = lambda: None,
     ) -> None:
-        self.learned, self.tokens, self.why_not = tuple(learned), tokens, why_not
+        self.learned, self.tokens, self.why_not, self.alone = tuple(learned), tokens, why_not, alone
         self._record, self._clear = record, clear
         self._served = self._dropped = 0
         self._rows: dict[Kind, _Recorded] = {}
@@ -169,7 +202,8 @@ class Graphs:
             return None
         self._served += 1
         row.fill(inputs)
-        self._own(row.gradients)
+        if not self.alone:
+            row.own_totals()
         anchor = torch.empty(0, requires_grad=True)  # or autograd would not come back
         states: Tensor = _Replay.apply(anchor, row, inputs["input_ids"].shape[1])  # type: ignore[no-untyped-call]
         return states
@@ -240,7 +274,7 @@ class Graphs:
 
     def _recorded(self, kind: Kind, decode: Decode, device: torch.device) -> _Recorded | None:
         self.drop()  # of another kind
-        row = _Recorded(kind, self.tokens, device, self.learned)
+        row = _Recorded(kind, self.tokens, device, self.learned, self.alone)
         try:
             if self._record is None:
                 self._pool = torch.cuda.graph_pool_handle()
@@ -267,17 +301,6 @@ class Graphs:
             work()
         replay: Callable[[], None] = graph.replay
         return replay
-
-    def _own(self, gradients: list[Tensor | None]) -> None:
-        """Makes the tensors that graphs add to the gradients of what learns, with what is there already."""
-        pairs = [(parameter, total) for parameter, total in zip(self.learned, gradients, strict=True) if total is not None]
-        if not pairs or pairs[0][0].grad is pairs[0][1]:
-            return
-        torch._foreach_zero_([total for _, total in pairs])
-        for parameter, total in pairs:
-            if parameter.grad is not None:
-                total.copy_(parameter.grad)
-            parameter.grad = total
 
     def _wait(self) -> None:
         if self._record is None:

@@ -33,6 +33,7 @@ from sparklab.errors import RecipeError
 from sparklab.model.load import causal_lm
 from sparklab.planner.items import filled
 from sparklab.planner.recipe import Recipe
+from sparklab.planner.recording import why_not_recorded
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -124,7 +125,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         # Thousands of modules are walked through in no time that an update on a fast GPU has: what learns is looked up once.
         self._learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.zero_grad = partial(drop_gradients, self._learned)  # type: ignore[method-assign]
-        self.graphs = Graphs(self._learned, recipe.micro_batch_tokens, self._not_recorded(), clear=partial(let_go, model))
+        alone = recipe.micro_batches_per_update == 1
+        self.graphs = Graphs(self._learned, recipe.micro_batch_tokens, self._not_recorded(), alone=alone, clear=partial(let_go, model))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
         """Cross-entropy of one row, as its part of the mean over the ``num_items_in_batch`` supervised tokens of the update."""
@@ -168,16 +170,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     def _not_recorded(self) -> str:
         """Why rows are not recorded as CUDA graphs, or ""."""
-        recipe = self.recipe
-        reasons = {
-            "there is no CUDA device": self.args.device.type != "cuda",
-            "the engine is stock": recipe.engine != "fast",
-            "all weights learn, and a second copy of their gradients would be held": recipe.method == "full",
-            "layers are checkpointed": recipe.checkpoint_layers not in ("none", 0),
-            "dropout draws random numbers": recipe.dropout > 0,
-            "several processes share an update": self.accelerator.num_processes > 1,
-        }
-        return next((reason for reason, holds in reasons.items() if holds), "")
+        if self.accelerator.num_processes > 1:
+            return "several processes share an update"
+        return why_not_recorded(self.recipe, self.args.device.type == "cuda")
 
     def rows_of_update(self) -> list[int]:
         """Numbers of the training rows in the update under way, of this rank, in the order of its micro-batches."""

@@ -17,6 +17,7 @@ CUBLAS_BYTES: Final = 32.0 * MIB
 """A workspace of cuBLAS on sm_9x, 10x and 12x, inside the allocator. torch keeps one for each handle, and the thread that runs backward passes has a
 handle of its own: two from the first update on, as measured on an H200 with torch 2.11 (benchmarks/cuda_parity.py, its cases of memory)."""
 LONG_DOCUMENT: Final = 1024  # tokens from which on a document goes through attention alone on a GPU (sparklab.engine.cudnn)
+BESIDE_RECORDING: Final = "loss beside CUDA graphs"
 SLACK_SHARE: Final = 0.03  # reserved but not allocated, of what comes and goes; assumed until a rehearsal measures it
 
 

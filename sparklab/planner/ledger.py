@@ -112,7 +112,8 @@ class Ledger(Step):
                 whole.append(Moment(moment.name, (*there, *moving, *slack(self.box, sum(item.size_bytes for item in moving), handles))))
             books[phase] = tuple(whole)
         if not self.full:
-            books["merge"] = tuple(Moment(moment.name, (*self.states[:1], runtime(self.box), *moment.items)) for moment in self._merge())
+            there = (*self.states[:1], runtime(self.box))
+            books["merge"] = tuple(Moment(moment.name, (*there, *moment.items, *slack(self.box, moment.size_bytes))) for moment in self._merge())
         return books
 
     def seen_bytes(self, phase: str, unseen: Mapping[str, float]) -> float:

@@ -7,6 +7,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from sparklab.planner.items import BESIDE_RECORDING
 from sparklab.units import format_bytes, format_count, format_seconds, gib, is_na
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ COLOURS: Final = {  # by component, the same in every bar
     "key-value cache": "#86bcb6",
     "loss tile": "#b07aa1",
     "loss workspace": "#d4a6c8",
+    BESIDE_RECORDING: "#d4a6c8",
     "all logits": "#b07aa1",
     "copy to be written": "#d37295",
     "allocator slack": "#9d7660",

@@ -12,7 +12,8 @@ from sparklab.planner import expert_adapters
 from sparklab.planner.frozen_experts import FrozenExperts
 from sparklab.planner.fused import linears_of
 from sparklab.planner.holdings import Holdings
-from sparklab.planner.items import Item, Moment, loss_tile
+from sparklab.planner.items import BESIDE_RECORDING, Item, Moment, loss_tile
+from sparklab.planner.recording import why_not_recorded
 from sparklab.planner.tape import Peak
 
 
@@ -148,6 +149,13 @@ class Step(Holdings):
             items.append(Item("head gradient at work", max(0.0, left), lambda: f"made with the loss: {vocabulary:,} x {hidden:,} x {width} B"))
         return Moment("loss", tuple(items))
 
+    @property
+    def _beside_recording(self) -> Item:
+        """What the loss takes of the allocator where the layers' two passes are CUDA graphs, whose memory nothing else can use in between."""
+        width, tokens = self.anatomy.hidden * self.width, self.tokens
+        size = sum(item.size_bytes for item in self._loss().items if item.name.startswith(("loss", "all logits"))) + 2.0 * width * tokens
+        return Item(BESIDE_RECORDING, size, lambda: f"the loss's memory, and the last states and their gradient: 2 x {tokens:,} x {width:,} B")
+
     def _loss_tile(self, slope: bool) -> list[Item]:
         """What the chunked loss makes: logits in the head's type, and some of their rows in fp32, where capped ones have a slope beside them."""
         sizes, width, vocabulary = loss_tile(self.box.is_gpu), self.width, self.anatomy.vocabulary
@@ -232,7 +240,10 @@ class Step(Holdings):
         for block in self.anatomy.blocks:
             ends |= {start, min(start + 1, count - 1), start + block.count - 1}
             start += block.count
-        moments = [self._loss(), self._tail_backward(), self._layer_forward(count - 1), *(self._layer_backward(index) for index in sorted(ends, reverse=True))]
+        moments = [self._tail_backward(), self._layer_forward(count - 1), *(self._layer_backward(index) for index in sorted(ends, reverse=True))]
+        if not why_not_recorded(self.recipe, self.box.is_gpu):
+            moments = [Moment(moment.name, (*moment.items, self._beside_recording)) for moment in moments]
+        moments.insert(0, self._loss())
         if self.full:
             moments.append(self._embedding_backward())
         moments.append(Moment("optimizer step", (self._gradients(-1),)))

@@ -25,14 +25,15 @@ from sparklab.model.hub import load_config
 from sparklab.planner import render
 from sparklab.planner.cost import flops_per_token, kind_of_work, reached_share
 from sparklab.planner.forecast import Plan
+from sparklab.planner.items import BESIDE_RECORDING
 from sparklab.run.guard import left_behind
 from sparklab.run.launch import check_disk, child_environment
 from sparklab.units import GIB, NA, gib, is_na, jsonable
 
 # What the meter of a device cannot see of a plan, as shares of its lines. CUDA's allocator knows all tensors; following storages on a CPU
 # misses what a kernel takes and gives back inside.
-# Random weights come from no file.
-UNSEEN_ANYWHERE: Final = {"runtime": 1.0, "allocator slack": 1.0, "source tensors": 1.0, "experts being stacked": 1.0}
+# Random weights come from no file. What a CUDA graph's memory keeps from others counts as free while the graph is not at work.
+UNSEEN_ANYWHERE: Final = {"runtime": 1.0, "allocator slack": 1.0, "source tensors": 1.0, "experts being stacked": 1.0, BESIDE_RECORDING: 1.0}
 LEAST_SECONDS: Final = 0.1  # a micro-batch that the chip could compute in less says little of larger ones: its rate is not kept for later plans
 LEAST_MOVING: Final = 1.0 * GIB  # nor is the slack of an allocator that had less than this to move
 EVERY_SECONDS: Final = 0.1  # between two looks at how far the process is
@@ -86,7 +87,7 @@ class Rehearsal:
     """The machine that computed."""
     notes: tuple[str, ...] = ()
     profile: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of an update by kind of work, which sum to the update as profiled; empty where nobody asked."""
+    """Seconds of an update by kind of work, which sum to the update: on a CPU as profiled, on a GPU as it is; empty where nobody asked."""
 
     @property
     def measured_bytes(self) -> float:
@@ -152,6 +153,8 @@ class Rehearsal:
         return [(kind, f"{1e3 * seconds:,.1f} ms", f"{seconds / self._profiled:.1%}") for kind, seconds in self.profile.items() if seconds]
 
     def _time(self) -> str:
+        if self.here.is_gpu:
+            return f"an update: {1e3 * self._profiled:,.1f} ms, its kernels' time by kind"
         return f"an update as profiled: {1e3 * self._profiled:,.1f} ms (without the profiler {1e3 * self.update_seconds:,.1f} ms)"
 
     def __repr__(self) -> str:
@@ -339,7 +342,8 @@ def learned(rehearsal: Rehearsal, runtime_bytes: float) -> dict[str, Any]:
         found["compute_shares"] = {kind_of_work(plan.ledger): share}
     train = next(phase for phase in rehearsal.phases if phase.name == "train")
     stays = sum(item.size_bytes for item in (*plan.ledger.weights, *plan.ledger.states))
-    moving, slack = train.measured_bytes - stays, train.reserved_bytes - train.measured_bytes
+    beside = sum(item.size_bytes for item in plan.ledger.phases["train"][1] if item.name == BESIDE_RECORDING)
+    moving, slack = train.measured_bytes - stays, train.reserved_bytes - train.measured_bytes - beside
     if moving >= LEAST_MOVING and slack > 0:
         found["slack_share"] = slack / moving
     return found

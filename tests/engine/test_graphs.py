@@ -60,7 +60,7 @@ def train(tmp_path, monkeypatch):
                 parameter.data.normal_(0, 0.05)
         trainer = kind(model, recipe, tmp_path, rows or make_rows(), held_out, callback=TrainerCallback())
         if record is not None:
-            trainer.graphs = Graphs(trainer._learned, TOKENS, record=record)
+            trainer.graphs = Graphs(trainer._learned, TOKENS, alone=recipe.micro_batches_per_update == 1, record=record)
         trainer.train()
         return trainer
 
@@ -88,7 +88,9 @@ def weights(trainer):
     return torch.cat([parameter.detach().flatten() for parameter in trainer._learned])
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batches_per_update": 3, "epochs": 2.0}, {"targets": "attention"}, {"loss": "full"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"micro_batches_per_update": 1}, {"micro_batches_per_update": 3, "epochs": 2.0}, {"targets": "attention"}, {"loss": "full"}]
+)
 def test_replayed_rows_train_the_same_weights(train, monkeypatch, changes):
     monkeypatch.setattr(graphs, "MUST_GAIN", float("inf"))
     recorder = Recorder()
@@ -130,7 +132,7 @@ def test_what_cannot_be_recorded_trains_plainly(train, caplog):
 
 
 def test_rows_of_more_documents_get_more_room():
-    run = Graphs([], TOKENS, record=Recorder())
+    run = Graphs([], TOKENS, alone=False, record=Recorder())
     kinds = [run._kind({"input_ids": torch.zeros(1, sum(row)), "cu_seq_lens_q": torch.tensor([0, *torch.tensor(row).cumsum(0)])}) for row in ROWS[:6]]
     assert kinds == [(True, 1), (False, 16), (False, 16), None, (False, 32), (False, 16)]
 
@@ -243,7 +245,7 @@ def test_what_a_failed_recording_held_is_given_back_before_the_row_is_computed(m
             made.append(weakref.ref(self))
 
     monkeypatch.setattr(graphs, "_Recorded", Watched)
-    run = Graphs([torch.nn.Parameter(torch.ones(2))], 8, record=refusing, clear=lambda: said.append("cleared"))
+    run = Graphs([torch.nn.Parameter(torch.ones(2))], 8, alone=False, record=refusing, clear=lambda: said.append("cleared"))
     monkeypatch.setattr(Graphs, "_give_back", lambda self: said.append(made[0]() is None))
     assert run._recorded((True, 1), lambda inputs: run.learned[0] * 2, torch.device("cpu")) is None
     assert said == ["cleared", True] and run.why_not == "CUDA out of memory"
@@ -251,7 +253,7 @@ def test_what_a_failed_recording_held_is_given_back_before_the_row_is_computed(m
 
 def test_nothing_that_was_recorded_keeps_its_graph():
     learned = [torch.nn.Parameter(torch.ones(2))]
-    row = graphs._Recorded((True, 1), 8, torch.device("cpu"), learned)
+    row = graphs._Recorded((True, 1), 8, torch.device("cpu"), learned, alone=False)
     row.record(lambda inputs: learned[0] * 2, lambda work: work(), lambda work: (work(), work)[1])
     assert row.hidden.grad_fn is None
 
@@ -290,7 +292,7 @@ def test_all_of_a_model_is_in_training_mode_though_its_base_came_in_evaluation_m
 
 def test_a_loss_that_is_still_there_does_not_hold_the_recording():
     learned = torch.nn.Parameter(torch.ones(3))
-    run = Graphs([learned], 4, record=Recorder())
+    run = Graphs([learned], 4, alone=True, record=Recorder())
     inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": torch.arange(4)[None], "cu_seq_lens_q": torch.tensor([0, 4], dtype=torch.int32)}
     for _ in range(4):
         with run.row(inputs):

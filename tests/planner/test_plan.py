@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import runpy
@@ -24,6 +25,7 @@ from sparklab.planner.activations import Engine, layer_bytes
 from sparklab.planner.items import answers_at_once
 from sparklab.planner.ledger import PHASES, Ledger
 from sparklab.planner.tape import Tape
+from sparklab.run.rehearsal import UNSEEN_ANYWHERE
 from sparklab.units import GIB, NA, is_na
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -70,17 +72,32 @@ def test_lora_of_llama_8b_by_hand() -> None:
     assert train["activations kept"] == 2048 * (32 * 184_680 - (4 * 4096 + 4))
     # our kernels: four tensors of the model's width, q, k, v and the attention's result, gate and up, in bf16; a root for each norm, a sum for each head
     own = 2 * (4 * 4096 + 2 * 4096 + 2 * 1024 + 2 * 14336 + 7 * 16) + 2 * 4 + 32 * 4
-    assert lines(plan(recipe(), box=SPARK))["activations kept"] == 2048 * (32 * own - (2 * 4096 + 4))
+    at_the_loss = next(moment for moment in plan(recipe(), box=SPARK).ledger.moments["train"] if moment.name == "loss")
+    assert {item.name: item.size_bytes for item in at_the_loss.items}["activations kept"] == 2048 * (32 * own - (2 * 4096 + 4))
     assert train["loss tile"] == 1024 * 128_256 * 2 and train["loss workspace"] == 256 * 128_256 * 4  # logits in bf16, a quarter of them in fp32 at a time
     assert train["loss"] == 2048 * (2 * 4096 * 2 + 4 * 8)
     assert (planned.peak_phase, planned.peak_moment, planned.fits) == ("train", "loss", True)
+
+
+def test_what_the_loss_takes_beside_recorded_rows() -> None:
+    """The layers' two passes as CUDA graphs keep their memory while the loss is made, and the last states and their gradient lie outside."""
+    planned = plan(recipe(), box=SPARK)
+    train = lines(planned)
+    tile = 1024 * 128_256 * 2 + 256 * 128_256 * 4
+    assert train["loss beside CUDA graphs"] == tile + 2048 * (2 * 4096 * 2 + 4 * 8) + 2 * 2048 * 4096 * 2
+    assert planned.peak_moment == "backward pass of layer 32" and "loss tile" not in train
+    of_tensors = planned.ledger.seen_bytes("train", UNSEEN_ANYWHERE)
+    assert of_tensors < planned.peak_bytes - train["loss beside CUDA graphs"]
+    for changes in ({"method": "full"}, {"engine": "stock"}, {"checkpoint_layers": 1}, {"dropout": 0.1}):
+        assert "loss beside CUDA graphs" not in lines(plan(recipe(**changes), box=SPARK))
+    assert "loss beside CUDA graphs" not in lines(plan(recipe(), box=dataclasses.replace(SPARK, is_gpu=False)))
 
 
 def test_two_workspaces_from_the_first_update_on() -> None:
     """torch keeps one for each handle of cuBLAS, and the thread of the backward pass has its own."""
     planned = plan(recipe(), box=SPARK)
     sizes = {phase: {item.name: item.size_bytes for item in items}.get("library workspace", 0.0) for phase, (_, items) in planned.ledger.phases.items()}
-    assert sizes == {"load": 32 * 2**20, "train": 64 * 2**20, "evaluate": 64 * 2**20, "sample": 64 * 2**20, "save": 64 * 2**20, "merge": 0.0}
+    assert sizes == {"load": 32 * 2**20, "train": 64 * 2**20, "evaluate": 64 * 2**20, "sample": 64 * 2**20, "save": 64 * 2**20, "merge": 64 * 2**20}
 
 
 def test_long_documents_apart_are_room_for_attention_and_no_traffic() -> None:
@@ -402,7 +419,7 @@ def test_text_and_html_say_the_same_and_are_safe() -> None:
         assert "lora" in text
     printed = str(plan(recipe(), box=SPARK))
     assert "8,030,261,248 parameters x 2 B (bf16)" in printed
-    assert "Peak while: train (loss)" in printed
+    assert "Peak while: train (backward pass of layer 32)" in printed
 
 
 # what cannot be

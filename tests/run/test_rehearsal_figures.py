@@ -53,7 +53,8 @@ def test_what_is_learned_makes_the_next_plan_what_was_measured(calibrated):
     measured = made(planned, here, 2.1, reserved_bytes=92 * GIB, measured_bytes=90 * GIB)
     found = rehearsal.learned(measured, runtime_bytes=1.5 * GIB)
     stays = sum(item.size_bytes for item in (*planned.ledger.weights, *planned.ledger.states))
-    assert found["slack_share"] == pytest.approx(2 * GIB / (90 * GIB - stays))
+    beside = next(line.bytes for line in planned.peak_lines if line.name == "loss beside CUDA graphs")  # reserved, and no slack: it has a line of its own
+    assert beside > 0.4 * GIB and found["slack_share"] == pytest.approx((2 * GIB - beside) / (90 * GIB - stays))
     assert "GB10" not in calibration.learn("GB10", found)
     facts = calibration.calibrated({"chip": "GB10", "sources": {"runtime_bytes": "assumed"}, "slack_share": NA})
     later = plan(planned.recipe, box=box(**{**vars(here), **facts}))
