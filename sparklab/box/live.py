@@ -21,7 +21,7 @@ from sparklab.box.detect import Runner, run_command
 from sparklab.box.meter import MemorySnapshot, read_usable
 from sparklab.box.others import device_sizes
 from sparklab.box.watchdog import named_largest, process_sizes, read_swapped
-from sparklab.units import MIB, NA, jsonable
+from sparklab.units import MIB, NA, is_na, jsonable
 
 QUERY: Final = ("nvidia-smi", "--query-gpu=power.draw,temperature.gpu,memory.total,memory.used", "--format=csv,noheader,nounits")
 EVERY_SECONDS: Final = 5.0  # between two dear looks
@@ -55,7 +55,14 @@ class Look:
     """What it holds for them."""
     device: DeviceReading = field(default_factory=DeviceReading)
     device_bytes: float = NA
-    """What this process holds on the devices, as the driver tells."""
+    """What this process holds on the devices: what the driver told last, with what the allocator has taken or given back since; without its word the
+    allocator's own figure."""
+    process_bytes: float = NA
+    """What this process holds of the pool that ``memory`` is about: on a unified box what it holds on the device too."""
+    held_bytes: float = NA
+    """What a plan speaks of: device memory where a device has its own, else the same."""
+    held_peak_bytes: float = NA
+    """The most of that so far, as far as it can be told now: the largest of all looks is the run's."""
     others: Mapping[str, float] = field(default_factory=dict)
     """The largest other processes by name, from 0.5 GiB on, what they hold on a device included where it is one pool."""
     age_seconds: float = NA
@@ -89,7 +96,7 @@ class LiveMeter:
 
     def __init__(self, unified: bool, proc: Path = Path("/proc"), run: Runner = run_command) -> None:
         self._unified, self._proc, self._run = unified, proc, run
-        self._dear: tuple[float, DeviceReading, dict[str, float]] | None = None
+        self._dear: tuple[float, DeviceReading, dict[str, float], float] | None = None
         self._swapped = (time.monotonic(), *read_swapped(proc / "vmstat"))
         self._rates = (NA, NA)
         self._done = threading.Event()
@@ -108,24 +115,31 @@ class LiveMeter:
 
     def look(self) -> Look:
         """What is so now, and the dear part as it was at its last look. Never raises."""
-        allocated, reserved = allocator_bytes()
-        age, device, others = NA, DeviceReading(), dict[str, float]()
+        allocated, reserved, most = allocator_bytes()
+        age, device, others, before = NA, DeviceReading(), dict[str, float](), NA
         if self._dear is not None:
-            then, device, others = self._dear
+            then, device, others, before = self._dear
             age = time.monotonic() - then
+        on_device = device.held.get(os.getpid(), NA)
+        if not is_na(reserved):
+            on_device = reserved if is_na(on_device) else on_device + reserved - (0.0 if is_na(before) else before)
         swap_in, swap_out = self._swap_rates()
         memory = read_usable(self._proc, unified=self._unified)
+        mine = memory.rss_bytes + (on_device if self._unified and not is_na(on_device) else 0.0)
+        held = mine if self._unified or is_na(on_device) else on_device
         return Look(memory=memory, swap_in_rate=swap_in, swap_out_rate=swap_out, allocated_bytes=allocated, reserved_bytes=reserved,
-                    device=device, device_bytes=device.held.get(os.getpid(), NA), others=others, age_seconds=age)  # fmt: skip
+                    device=device, device_bytes=on_device, process_bytes=mine, held_bytes=held,
+                    held_peak_bytes=memory.rss_peak_bytes if is_na(on_device) else held if is_na(reserved) else held + most - reserved,
+                    others=others, age_seconds=age)  # fmt: skip
 
     def look_dearly(self) -> None:
         """The dear part, now, in the thread that calls."""
-        device = read_devices(self._run)
+        device, reserved = read_devices(self._run), allocator_bytes()[1]
         sizes = process_sizes(self._proc)
         if self._unified:
             for pid, size in device.held.items():
                 sizes[pid] = sizes.get(pid, 0.0) + size
-        self._dear = (time.monotonic(), device, named_largest(self._proc, sizes, (os.getpid(),)))
+        self._dear = (time.monotonic(), device, named_largest(self._proc, sizes, (os.getpid(),)), reserved)
 
     def _walk(self) -> None:
         while True:
@@ -142,9 +156,9 @@ class LiveMeter:
         return self._rates
 
 
-def allocator_bytes() -> tuple[float, float]:
-    """(allocated, reserved) by CUDA's allocator in this process; NA where torch is not loaded or has no CUDA at work. Loads nothing."""
+def allocator_bytes() -> tuple[float, float, float]:
+    """(allocated, reserved, most ever reserved) by CUDA's allocator in this process; NA where torch is not loaded or has no CUDA at work. Loads nothing."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized():
-        return NA, NA
-    return float(torch.cuda.memory_allocated()), float(torch.cuda.memory_reserved())
+        return NA, NA, NA
+    return float(torch.cuda.memory_allocated()), float(torch.cuda.memory_reserved()), float(torch.cuda.max_memory_reserved())

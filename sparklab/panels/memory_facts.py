@@ -31,7 +31,7 @@ def memory(state: RunState, plan: dict[str, Any]) -> dict[str, Any]:
     segments = _segments(plan)
     planned, usable = _gib(plan.get("peak_gib")), _gib(plan.get("usable_gib"))
     last = latest(state)
-    now, peak = gib(last.get("process_bytes", NA)), gib(state.peak_bytes)
+    now, peak = gib(_held(last)), gib(state.peak_bytes)
     peak = now if is_na(peak) else peak
     planned = sum(segment["gib"] for segment in segments) if is_na(planned) else planned
     tallest = max([value for value in (planned, peak, now) if not is_na(value)], default=0.0)
@@ -56,6 +56,12 @@ def memory(state: RunState, plan: dict[str, Any]) -> dict[str, Any]:
         "usable_text": f"usable {size(view['usable'])}{'' if near else ' →'}" if view["usable"] is not None else "",
     }
     return {**view, **texts, "words": memory_words(view), "figures": memory_figures(view)}
+
+
+def _held(reading: dict[str, Any]) -> float:
+    """What the worker held of the memory that its plan is about."""
+    held: float = reading.get("held_bytes", NA)
+    return reading.get("process_bytes", NA) if is_na(held) else held
 
 
 def latest(state: RunState) -> dict[str, Any]:

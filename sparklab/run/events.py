@@ -15,8 +15,10 @@ step           step, steps, epoch, loss (mean over supervised tokens), learning_
                wait_seconds (of these, for its rows)
 eval           step, loss, tokens; with answers: exact_match (0 to 1), n
 sample         step, prompt, text
-memory         process_bytes, peak_bytes, available_bytes, total_bytes, free_bytes, cached_bytes, swap_used_bytes, pressure_percent,
-               and on CUDA allocated_bytes, reserved_bytes; where known others (name to bytes), watts, floor_bytes (of the guard);
+memory         process_bytes (on a unified box with what it holds on the device), available_bytes, total_bytes, free_bytes, cached_bytes,
+               swap_used_bytes, pressure_percent, held_bytes (what a plan speaks of, where that is not process_bytes but a GPU's own memory),
+               peak_bytes (the most of it); on CUDA allocated_bytes, reserved_bytes (at most); where known others (name to bytes), watts,
+               floor_bytes (of the guard);
                at most one a second, and one in ten seconds while nothing changes
 checkpoint     step, path (inside the run), bytes, held_out_loss (null where it was not measured at this step)
 command        name, id, refused, detail: a command was carried out, or refused (true), and why

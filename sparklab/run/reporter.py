@@ -232,15 +232,15 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         self._memory_due = now + every
         look = self.meter.look()
         snapshot = look.memory
-        self.peak_bytes = max(self.peak_bytes, snapshot.rss_peak_bytes)
-        said = (snapshot.rss_bytes, snapshot.available_bytes)
+        self.peak_bytes = max(self.peak_bytes, look.held_peak_bytes)
+        said = (look.held_bytes, snapshot.available_bytes)
         step = snapshot.total_bytes / 256
         if every and now < self._quiet_until and all(abs(new - old) < step for new, old in zip(said, self._memory_said, strict=True)):
             return
         self._memory_said, self._quiet_until = said, now + QUIET_SECONDS
         fields: dict[str, Any] = {
-            "process_bytes": snapshot.rss_bytes,
-            "peak_bytes": snapshot.rss_peak_bytes,
+            "process_bytes": look.process_bytes,
+            "peak_bytes": look.held_peak_bytes,
             "available_bytes": snapshot.available_bytes,
             "total_bytes": snapshot.total_bytes,
             "free_bytes": snapshot.free_bytes,
@@ -250,6 +250,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         }
         told: dict[str, Any] = {"others": dict(look.others), "watts": look.device.watts, "celsius": look.device.celsius}
         fields |= {name: value for name, value in told.items() if value == value and value != {}}  # noqa: PLR0124 - what nobody tells is left out
+        if look.held_bytes != look.process_bytes:
+            fields["held_bytes"] = look.held_bytes
         if self.floors is not None:
             within = snapshot.total_bytes == snapshot.limit_bytes
             fields["floor_bytes"] = self.floors.limit_soft_bytes if within else self.floors.soft_bytes

@@ -31,7 +31,7 @@ LONGEST_DRAW_SECONDS: Final = 30.0
 
 
 _MEMORY = ("process_bytes", "peak_bytes", "available_bytes", "total_bytes", "free_bytes", "cached_bytes", "swap_used_bytes", "pressure_percent",
-           "allocated_bytes", "reserved_bytes", "watts", "floor_bytes")  # fmt: skip
+           "held_bytes", "allocated_bytes", "reserved_bytes", "watts", "floor_bytes")  # fmt: skip
 
 
 def _number(value: Any) -> float:

@@ -1,7 +1,9 @@
 """The meter beside a run, on a GB10's answers as published, on a discrete GPU's, and here."""
 
 import os
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,6 +57,7 @@ def test_a_gb10(gb10):
     assert (look.device.watts, look.device.celsius) == (38.2, 61.0)
     assert is_na(look.device.total_bytes) and is_na(look.device.used_bytes)  # NOT_SUPPORTED, never a guess
     assert look.device_bytes == 30 * GIB
+    assert look.process_bytes == look.held_bytes == look.held_peak_bytes == 32 * GIB  # 2 of them resident memory: one pool
     assert look.others == {"ollama (process 4242)": 13 * GIB}  # what it holds on the device lies in the same pool
     assert 0 <= look.age_seconds < 60
     memory = look.memory
@@ -64,6 +67,50 @@ def test_a_gb10(gb10):
     assert (memory.rss_bytes, memory.rss_peak_bytes) == (2 * GIB, 3 * GIB)
     told = look.to_dict()
     assert told["device"]["total_bytes"] is None and told["memory"]["total_bytes"] == 125513728 * 1024
+
+
+class Cuda:
+    """An allocator that has taken and given back since the driver was asked."""
+
+    reserved = 28 * GIB
+
+    def is_initialized(self):
+        return True
+
+    def memory_allocated(self):
+        return self.reserved - GIB
+
+    def memory_reserved(self):
+        return self.reserved
+
+    def max_memory_reserved(self):
+        return 40 * GIB
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    stands = Cuda()
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=stands))
+    return stands
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_what_a_plan_speaks_of_is_not_resident_memory(gb10, cuda, unified):
+    meter = LiveMeter(unified, gb10, answers(GB10_QUERY, GB10_APPS.format(here=os.getpid())))
+    silent = meter.look()
+    assert silent.device_bytes == 28 * GIB  # the driver has said nothing yet
+    meter.look_dearly()
+    cuda.reserved = 31 * GIB
+    look = meter.look()
+    assert look.device_bytes == 33 * GIB  # 2 of them the context
+    resident = look.memory.rss_bytes if unified else 0
+    assert look.held_bytes == 33 * GIB + resident and look.held_peak_bytes == 42 * GIB + resident
+    assert look.process_bytes == (look.held_bytes if unified else look.memory.rss_bytes)
+
+
+def test_without_a_device_it_is_resident_memory(gb10):
+    look = LiveMeter(False, gb10, answers("")).look()
+    assert (look.process_bytes, look.held_bytes, look.held_peak_bytes) == (2 * GIB, 2 * GIB, 3 * GIB) and is_na(look.device_bytes)
 
 
 def test_swap_traffic_is_a_rate(gb10):
@@ -114,7 +161,8 @@ def test_the_allocator_is_asked_only_where_cuda_is_at_work(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 7)
-    assert allocator_bytes() == (5.0, 7.0)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 9)
+    assert allocator_bytes() == (5.0, 7.0, 9.0)
 
 
 def test_a_cap_is_a_share_of_the_device(monkeypatch):

@@ -116,6 +116,12 @@ def test_a_peak_above_the_plan_is_said():
     assert memory(state, {**PLAN, "peak_gib": 3.9})["measured_text"] == "3.90 GiB now, peak 4.00 GiB" and memory(state, {})["above"] is False
 
 
+def test_a_gpu_of_its_own_is_held_against_the_plan_and_the_process_against_the_pool():
+    view = memory(state_of(STARTED, reading(process_bytes=2 * 2**30, held_bytes=1.5 * 2**30, peak_bytes=1.75 * 2**30)), PLAN)
+    assert (view["now"], view["peak"]) == (1.5, 1.75)
+    assert view["pool"]["segments"][0] == {**view["pool"]["segments"][0], "name": "this run", "gib": 2.0}
+
+
 def test_many_lines_are_summed_and_a_gap_is_named():
     lines = [{"name": f"line {i}", "phase": "train", "gib": 1.0 + i / 100} for i in range(12)]
     view = memory(state_of(), {"peak_gib": 15.0, "peak_phase": "train", "lines": lines})
