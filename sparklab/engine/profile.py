@@ -2,14 +2,15 @@
 
 torch's profiler tells every operation with the one it was called from. On a CPU an operation's own time is its time without those it calls; on
 CUDA it is the time of the kernels it launched. An operation belongs to the first kind that it, or whatever called it, is known to be: what
-the loss, the attention or the optimizer do inside is theirs, matrix products too.
+the loss, the attention or the optimizer do inside is theirs, matrix products too. Being watched makes the launching on CUDA several times as
+long, and a graph's kernels have no caller: so rows are launched one by one there, and the kernels' time is held against an update that nobody watched.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import torch
@@ -33,8 +34,10 @@ ALONE: Final = {
 KINDS: Final = ("matrix products", "attention", "elementwise", "loss", "optimizer", "unpacking 4 bits", "data wait", "other")
 
 
-def kind_of(event: Any) -> str:
-    """The kind of an operation, or nothing where it is none (a mark, a Python function) and its own time is no kernel's."""
+def kind_of(event: Any, on_device: bool = False) -> str:
+    """The kind of an operation, or nothing where it is none (a mark, a Python function) and its own time is no kernel's. ``on_device``: it is one's:
+    Python functions launch Triton's.
+    """
     caller = event
     while caller is not None:
         name = caller.name.lower()
@@ -43,7 +46,7 @@ def kind_of(event: Any) -> str:
                 return kind
         caller = caller.cpu_parent
     library, _, name = event.name.lower().rpartition("::")
-    if not library or library.startswith("autograd"):
+    if not on_device and (not library or library.startswith("autograd")):
         return ""
     return next((kind for kind, words in ALONE.items() if words.search(name)), "elementwise")
 
@@ -56,17 +59,20 @@ def seconds_by_kind(events: Iterable[Any], on_device: bool) -> dict[str, float]:
             continue  # a kernel: counted with the operation that launched it
         waits = on_device and event.name == DATA
         own = event.cpu_time_total if waits else event.self_device_time_total if on_device else event.self_cpu_time_total
-        kind = kind_of(event) if own else ""
+        kind = kind_of(event, on_device) if own else ""
         if kind and (waits or not on_device or kind != "data wait"):
             found[kind] += own / 1e6
     return found
 
 
 class StepProfile(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """Profiles ``count`` updates after the first ``first``, from the end of one to the end of another. ``seconds``: of one of them, by kind."""
+    """Profiles ``count`` updates after the first ``first``, from the end of one to the end of another. ``seconds``: of one of them, by kind.
 
-    def __init__(self, first: int, count: int, device: torch.device) -> None:
-        self.first, self.count, self.device = first, count, device
+    ``unwatched``: tells what an update takes without the profiler, which on CUDA is what the kernels' time is held against.
+    """
+
+    def __init__(self, first: int, count: int, device: torch.device, unwatched: Callable[[], float]) -> None:
+        self.first, self.count, self.device, self.unwatched = first, count, device, unwatched
         self.seconds: dict[str, float] = {}
         self._profile: Any = None
         self._began = 0.0
@@ -88,7 +94,9 @@ class StepProfile(TrainerCallback):  # type: ignore[misc]  # transformers is not
         self._synchronize()
         whole = time.perf_counter() - self._began
         self._profile.__exit__(None, None, None)
-        self.seconds = closed(seconds_by_kind(self._profile.events(), self.device.type == "cuda"), whole, self.count)
+        on_device = self.device.type == "cuda"
+        whole = self.unwatched() * self.count if on_device else whole
+        self.seconds = closed(seconds_by_kind(self._profile.events(), on_device), whole, self.count)
         self._profile = None
 
     def _synchronize(self) -> None:

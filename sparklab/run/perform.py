@@ -13,12 +13,14 @@ import math
 import os
 import random
 import resource
+import statistics
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -145,7 +147,7 @@ class Performance:
             self.trainer = PackedTrainer(self.model, self.recipe, self.scratch, rows, (), callback=watch)
             watch.graphs = self.trainer.graphs
             self.trainer.remove_callback(transformers.PrinterCallback)
-            self.profiler = StepProfile(self.warm + TIMED_UPDATES, PROFILED_UPDATES, self.device)
+            self.profiler = StepProfile(self.warm + TIMED_UPDATES, PROFILED_UPDATES, self.device, partial(statistics.median, watch.seconds))
             self.trainer.add_callback(self.profiler)
             self.trainer.train()
         return watch.seconds

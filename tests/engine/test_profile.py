@@ -1,6 +1,7 @@
 """Where an update's time goes: the parts sum to the update, each operation counts once, and what is made heavy shows where it belongs."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def profiled(folder, heavy=None, slow_data=0.0, **changes):
                 heavy()
 
         causal_lm(model).get_decoder().layers[0].register_forward_hook(hook)
-    profiler = StepProfile(2, 2, torch.device("cpu"))
+    profiler = StepProfile(2, 2, torch.device("cpu"), lambda: 0.0)
     trainer = PackedTrainer(model, recipe, folder / "run", rows_of(documents(), True, 1), (), callback=Quiet())
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(profiler)
@@ -94,6 +95,22 @@ def test_an_operation_counts_once():
     assert sum(seconds.values()) <= whole
     assert sum(seconds.values()) > 0.5 * whole
     assert seconds["matrix products"] > seconds["loss"] > 0 and seconds["data wait"] > 0
+
+
+def test_a_kernel_that_a_python_function_launched_counts_on_a_device():
+    """Triton's kernels, which no operation of a library stands for; and what only watches or waits does not."""
+
+    def event(name, device_ms, caller=None):
+        return SimpleNamespace(name=name, cpu_parent=caller, device_type=SimpleNamespace(name="CPU"), cpu_time_total=7e3,
+                               self_cpu_time_total=5e3, self_device_time_total=1e3 * device_ms)  # fmt: skip
+
+    loss = event("_ChunkedCrossEntropy", 0)
+    events = [event("aten::mm", 8), event("LigerSiLUMulFunctionBackward", 3), event("aten::mm", 2, loss), event("AddmmBackward0", 0), event(DATA, 1)]
+    seconds = seconds_by_kind(events, on_device=True)
+    assert {kind: value for kind, value in seconds.items() if value} == pytest.approx(
+        {"matrix products": 8e-3, "elementwise": 3e-3, "loss": 2e-3, "data wait": 7e-3}
+    )
+    assert seconds_by_kind(events, on_device=False)["elementwise"] == 0  # a Python function's own time on a CPU is Python's
 
 
 def test_books_close_by_arithmetic():
