@@ -38,19 +38,25 @@ RUNS: Final = Path("runs")
 
 
 @overload
-def plan(source: Recipe, *, trace: bool = False, box: Box | None = None, tokens: float | None = None) -> Plan | TracedPlan: ...
+def plan(source: Recipe, *, trace: bool = False, box: Box | str | None = None, tokens: float | None = None) -> Plan | TracedPlan: ...
 @overload
 def plan(
-    source: str | Path | Anatomy, *, trace: bool = False, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
+    source: str | Path | Anatomy,
+    *,
+    trace: bool = False,
+    box: Box | str | None = None,
+    method: Method | None = None,
+    tokens: float | None = None,
+    **changes: Any,
 ) -> PlanTable | TracedPlan: ...
 @overload
 def plan(
-    source: Sequence[str | Path | Anatomy], *, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
+    source: Sequence[str | Path | Anatomy], *, box: Box | str | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
 ) -> ModelTable: ...
 def plan(
-    source: Any, *, trace: bool = False, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
+    source: Any, *, trace: bool = False, box: Box | str | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
 ) -> Plan | PlanTable | ModelTable | TracedPlan:
-    """What a recipe will hold and take on ``box`` (default: this one); or, for a model, the best plan of each method; or that of several models.
+    """What a recipe will hold and take on ``box`` (one, its name, or this machine); or, for a model, the best plan of each method; or that of several models.
 
     ``source`` is a :class:`Recipe`, planned as it is, or a model (config.json, directory, hub name, ``"tiny"`` or :class:`Anatomy`): then
     tokens per micro-batch and layers to checkpoint are solved for, unless ``changes`` (fields of a recipe) say them; or a list of models.
@@ -68,7 +74,7 @@ def plan(
 
     Reads config.json and nothing else. Raises ModelNotFound, ModelError, RecipeError, BoxError.
     """
-    box = box or Box.detect()
+    box = Box.of(box)
     try:
         made: Any = make_plan(source, box=box, method=method, tokens=tokens, **changes)
     except UnknownFamily:
@@ -123,7 +129,7 @@ def train(
     return run
 
 
-def rehearse(recipe: Recipe, *, box: Box | None = None, force: bool = False, profile: bool = False,
+def rehearse(recipe: Recipe, *, box: Box | str | None = None, force: bool = False, profile: bool = False,
              on_phase: Callable[[str], None] | None = None) -> Rehearsal:  # fmt: skip
     """The recipe at full size with random weights and random tokens, nothing downloaded: what it holds and how fast it is, against its plan.
 
@@ -138,7 +144,7 @@ def rehearse(recipe: Recipe, *, box: Box | None = None, force: bool = False, pro
     from sparklab.run.rehearsal import rehearse_plan  # noqa: PLC0415
 
     here = Box.detect()
-    planned = make_plan(recipe, box=box or here)
+    planned = make_plan(recipe, box=here if box is None else box)
     if not force:
         planned.check()
         make_plan(recipe, box=here).check()

@@ -309,11 +309,10 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from sparklab.box import Box  # noqa: PLC0415
     from sparklab.planner import plan  # noqa: PLC0415
 
     models, changes = options.model if len(options.model) > 1 else options.model[0], _changes(options)
-    table = plan(models, box=Box.profile(options.box) if options.box else None, tokens=options.tokens, **changes)
+    table = plan(models, box=options.box, tokens=options.tokens, **changes)
     if options.longest:
         kept = {name: changes[name] for name in ("micro_batch_tokens", "max_length", "checkpoint_layers") if name in changes}
         table = table.longest_context(**kept)
@@ -322,20 +321,17 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _rehearse(options: argparse.Namespace) -> None:
     from sparklab.api import rehearse  # noqa: PLC0415
-    from sparklab.box import Box  # noqa: PLC0415
     from sparklab.planner import plan  # noqa: PLC0415
 
-    box = Box.profile(options.box) if options.box else None
-    recipe = plan(options.model, box=box, tokens=options.tokens, **_changes(options)).best().recipe
-    rehearsal = rehearse(recipe, box=box, force=options.force, profile=options.profile, on_phase=lambda phase: print(f"{phase} ...", file=sys.stderr))  # noqa: T201
+    recipe = plan(options.model, box=options.box, tokens=options.tokens, **_changes(options)).best().recipe
+    rehearsal = rehearse(recipe, box=options.box, force=options.force, profile=options.profile, on_phase=lambda phase: print(f"{phase} ...", file=sys.stderr))  # noqa: T201
     _show(options, rehearsal.to_dict(), rehearsal)
 
 
 def _trace(options: argparse.Namespace) -> None:
     from sparklab.api import plan  # noqa: PLC0415
-    from sparklab.box import Box  # noqa: PLC0415
 
-    best: Any = plan(options.model, box=Box.profile(options.box) if options.box else None, tokens=options.tokens, **_changes(options)).best()
+    best: Any = plan(options.model, box=options.box, tokens=options.tokens, **_changes(options)).best()
     if hasattr(best, "ledger"):
         best = plan(best.recipe, trace=True, box=best.box, tokens=options.tokens)
     _show(options, best.to_dict(), best)

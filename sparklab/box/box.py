@@ -91,6 +91,15 @@ class Box:
         return cls(name=name, **PROFILES[name])
 
     @classmethod
+    def of(cls, box: Box | str | None) -> Box:
+        """``box`` itself, the one that is called so, or this machine for None. Raises :class:`BoxError` for anything else."""
+        if isinstance(box, Box):
+            return box
+        if box is not None and not isinstance(box, str):
+            raise BoxError(f"a {type(box).__name__} is no box", f"a sl.Box, or one of: {', '.join(cls.names())}")
+        return cls.profile(box or "this")
+
+    @classmethod
     def names(cls) -> tuple[str, ...]:
         """The names :meth:`profile` knows."""
         return (*PROFILES, "this")

@@ -24,7 +24,7 @@ REST_SECONDS: Final = 0.7
 """How long the sliders must rest before the twin in the output follows: it is drawn anew then, which would end a drag."""
 
 
-def explore(source: Any, *, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any) -> PlanPanel:
+def explore(source: Any, *, box: Box | str | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any) -> PlanPanel:
     """The plan of a recipe or a model, with sliders for tokens, rank, recomputed layers and method.
 
     ``source`` and the keywords are those of :func:`sparklab.plan` for one model or recipe, or what it returned for one. The panel's ``recipe`` and ``plan``
@@ -32,7 +32,7 @@ def explore(source: Any, *, box: Box | None = None, method: Method | None = None
 
     ::
 
-        panel = sl.explore("path/to/model", box=sl.Box.profile("dgx-spark"))
+        panel = sl.explore("path/to/model", box="dgx-spark")
         panel                   # shows it; move the sliders
         panel.recipe            # what they say, as a recipe
     """

@@ -22,25 +22,25 @@ from sparklab.planner.recipe import Method, Recipe
 from sparklab.planner.solver import ADAPTER_RATE, FULL_RATE, LARGE_ADAPTER_RATE, solve
 
 
-def full(model: str | Path, data: Any, *, box: Box | None = None, **changes: Any) -> Recipe:
+def full(model: str | Path, data: Any, *, box: Box | str | None = None, **changes: Any) -> Recipe:
     """Every weight is trained. Raises ModelNotFound, ModelError, RecipeError."""
     return sized("full", model, data, box=box, **changes)
 
 
-def lora(model: str | Path, data: Any, *, box: Box | None = None, **changes: Any) -> Recipe:
+def lora(model: str | Path, data: Any, *, box: Box | str | None = None, **changes: Any) -> Recipe:
     """Low-rank adapters on every linear layer of a frozen base. Raises ModelNotFound, ModelError, RecipeError."""
     return sized("lora", model, data, box=box, **changes)
 
 
-def qlora(model: str | Path, data: Any, *, box: Box | None = None, **changes: Any) -> Recipe:
+def qlora(model: str | Path, data: Any, *, box: Box | str | None = None, **changes: Any) -> Recipe:
     """Low-rank adapters on a base held in 4 bits. Raises ModelNotFound, ModelError, RecipeError."""
     return sized("qlora", model, data, box=box, **changes)
 
 
-def sized(method: Method, model: str | Path, data: Any, *, box: Box | None = None, **changes: Any) -> Recipe:
+def sized(method: Method, model: str | Path, data: Any, *, box: Box | str | None = None, **changes: Any) -> Recipe:
     """The fastest recipe of a method that fits ``box`` (default: this one). Raises ModelNotFound, ModelError, RecipeError."""
     anatomy = Anatomy.read(model)
-    return solve(anatomy, box or Box.detect(), method, _written({**changes, "model": str(model), "data": data}))
+    return solve(anatomy, Box.of(box), method, _written({**changes, "model": str(model), "data": data}))
 
 
 # For a 128 GB box

@@ -26,15 +26,19 @@ LARGE_MODEL: Final = 30e9  # parameters from which on adapters want that one
 
 
 @overload
-def plan(source: Recipe, *, box: Box | None = None, tokens: float | None = None) -> Plan: ...
-@overload
-def plan(source: str | Path | Anatomy, *, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any) -> PlanTable: ...
+def plan(source: Recipe, *, box: Box | str | None = None, tokens: float | None = None) -> Plan: ...
 @overload
 def plan(
-    source: Sequence[str | Path | Anatomy], *, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
+    source: str | Path | Anatomy, *, box: Box | str | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
+) -> PlanTable: ...
+@overload
+def plan(
+    source: Sequence[str | Path | Anatomy], *, box: Box | str | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
 ) -> ModelTable: ...
-def plan(source: Any, *, box: Box | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any) -> Plan | PlanTable | ModelTable:
-    """What a recipe will hold and take on ``box`` (default: this one); or, for a model, the best plan of each method; or that of several models.
+def plan(
+    source: Any, *, box: Box | str | None = None, method: Method | None = None, tokens: float | None = None, **changes: Any
+) -> Plan | PlanTable | ModelTable:
+    """What a recipe will hold and take on ``box`` (one, its name, or this machine); or, for a model, the best plan of each method; or that of several models.
 
     ``source`` is a :class:`Recipe`, planned as it is, or a model (config.json, directory, hub name, ``"tiny"`` or :class:`Anatomy`): then
     tokens per micro-batch and layers to checkpoint are solved for, unless ``changes`` (fields of a recipe) say them; or a list of models.
@@ -49,7 +53,7 @@ def plan(source: Any, *, box: Box | None = None, method: Method | None = None, t
 
     Reads config.json and nothing else. Raises ModelNotFound, ModelError, RecipeError, BoxError.
     """
-    box = box or Box.detect()
+    box = Box.of(box)
     if isinstance(source, Recipe):
         if method is not None or changes:
             asked = ", ".join(f"{name}=..." for name in (*(["method"] if method else []), *changes))

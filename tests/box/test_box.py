@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
+import sparklab
 from sparklab.box import Box
 from sparklab.box.detect import detect_facts
 from sparklab.box.live import LiveMeter
@@ -52,6 +54,17 @@ def nothing(_: Sequence[str]) -> str:
 
 def smi(*rows: str) -> object:
     return lambda command: "\n".join(rows) if command[0] == "nvidia-smi" else ""
+
+
+def test_a_box_may_be_given_by_name() -> None:
+    spark = Box.profile("dgx-spark")
+    assert Box.of("dgx-spark") == spark == Box.of(spark) and Box.of(None) == Box.detect()
+    config = str(ROOT / "tests/planner/configs/llama-3.1-8b.json")
+    assert sparklab.plan(config, method="lora", box="dgx-spark").best().box == spark
+    with pytest.raises(BoxError, match=r"No box is called 'spark'[\s\S]*dgx-spark"):
+        sparklab.plan(config, box="spark")
+    with pytest.raises(BoxError, match="a dict is no box"):
+        sparklab.plan(config, box={"memory": 128})  # type: ignore[call-overload]
 
 
 def test_every_profile_is_whole() -> None:
