@@ -179,7 +179,10 @@ def ours(config: dict[str, Any], method: str, tokens: int, layers: str, updates:
     trainer = PackedTrainer(ready_model(recipe, Box.detect(), blank_base), recipe, folder, rows, (), callback=told)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return durations(ends), {"checkpointed": str(recipe.checkpoint_layers), "planned_gib": planned_gib, "note": told_of_graphs(trainer.graphs)}
+    notes = [told_of_graphs(trainer.graphs)]
+    if torch.cuda.is_available():  # what tensors asked for, which is what a plan counts: a block may be up to 1 MiB larger
+        notes.append(f"{torch.cuda.memory_stats()['requested_bytes.all.peak'] / 2**30:.2f} GiB asked for")
+    return durations(ends), {"checkpointed": str(recipe.checkpoint_layers), "planned_gib": planned_gib, "note": "; ".join(filter(None, notes))}
 
 
 def told_of_graphs(graphs: Any) -> str:
@@ -472,7 +475,9 @@ def take_turns(names: list[str], asked: argparse.Namespace) -> None:
     waiting = [start(turn) for turn in turns[:1]]
     for number, turn in enumerate(turns):
         waiting += [start(after) for after in turns[number + 1 : number + 2]]
+        began = time.perf_counter()
         found[turn].append(measure(waiting.pop(0)))
+        print(f"{' by '.join(turn)}: {time.perf_counter() - began:.0f} s", flush=True)
         versions |= {turn[1]: found[turn][-1].get("versions", versions.get(turn[1]))}
         rows = [row(name, by, found[name, by], found.get((name, "ours"), [])) for name in names for by in asked.by if found[name, by]]
         told = "; ".join(f"{by}: {', '.join(f'{k} {v}' for k, v in each.items() if v)}" for by, each in versions.items() if each)
