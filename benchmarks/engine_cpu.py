@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import SequentialSampler
+from trl_beside import TRL, trl_folder
 
-TRL = "trl==1.16.0"
 HERE = Path(__file__).resolve().parent
 ROW = 2048
 BATCH = 8  # documents an update, as TRL comes
@@ -266,13 +266,12 @@ def one(variant: str, shape: str, length: int | None, updates: int, follow: bool
     }  # fmt: skip
 
 
-def measure(variant: str, shape: str, length: int | None, updates: int, follow: bool, extra: Path) -> dict[str, Any]:
+def measure(variant: str, shape: str, length: int | None, updates: int, follow: bool, extra: Path | None) -> dict[str, Any]:
     """One measurement in a process of its own."""
     command = [sys.executable, __file__, "--one", variant, "--shape", shape, "--updates", str(updates), *(["--length", str(length)] if length else [])]
-    path = os.pathsep.join([str(HERE.parent), str(extra), *filter(None, [os.environ.get("PYTHONPATH")])])
-    result = subprocess.run(
-        [*command, *(["--follow"] if follow else [])], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=1800
-    )
+    path = os.pathsep.join([str(HERE.parent), *filter(None, [str(extra or ""), os.environ.get("PYTHONPATH")])])
+    environ = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([*command, *(["--follow"] if follow else [])], env=environ, capture_output=True, text=True, check=False, timeout=1800)
     if result.returncode:
         raise SystemExit(f"{variant}: {result.stderr[-3000:]}")
     values: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
@@ -351,9 +350,7 @@ def main() -> None:
     if asked.one:
         print(json.dumps(one(asked.one, asked.shape, asked.length, asked.updates, asked.follow)))
         return
-    extra = Path(tempfile.gettempdir()) / "sparklab-bench-trl"
-    if not (extra / "trl").exists():
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(extra), TRL], check=True)
+    extra = trl_folder()
     asked.out.touch()
     sections = dict(part.split("\n", 1) for part in asked.out.read_text(encoding="utf-8").split("\n## ")[1:])
     for suite in SUITES if asked.suite == "all" else [asked.suite]:

@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trl_beside import trl_folder
 
-TRL = "trl==1.16.0"
 HERE = Path(__file__).resolve().parent
 SIDES = ("ours", "trl", "unsloth")
 WARM = {"ours": 7, "trl": 3, "unsloth": 3}
@@ -415,16 +415,6 @@ def lacking(by: str, python: str, name: str) -> str:
         if "True" not in done.stdout:
             return "not installed: python -m venv unsloth && unsloth/bin/pip install unsloth, then --unsloth unsloth/bin/python"
     return ""
-
-
-def trl_folder() -> Path | None:
-    """The folder that holds TRL; None where it is installed anyway or cannot be had, which its rows then say."""
-    if find_spec("trl") is not None:
-        return None
-    extra = Path(tempfile.gettempdir()) / "sparklab-bench-trl"
-    if not (extra / "trl").exists():
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(extra), TRL], check=False)
-    return extra
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ Everything takes the root directory and the command runner as arguments, so a te
 
 from __future__ import annotations
 
+import itertools
+import os
 import platform
 import re
 import subprocess
@@ -43,9 +45,9 @@ def detect_facts(root: Path = Path("/"), run: Runner = run_command, system: str 
 
 
 def _gpu(root: Path, run: Runner) -> dict[str, Any] | None:
-    """The NVIDIA GPUs that nvidia-smi lists; None where there is none."""
+    """The NVIDIA GPUs that nvidia-smi lists and this process may use; None where there is none."""
     text = run(("nvidia-smi", "--query-gpu=name,memory.total,memory.free,compute_cap", "--format=csv,noheader,nounits"))
-    rows = [[word.strip() for word in line.split(",")] for line in text.splitlines() if line.count(",") == 3]
+    rows = _visible([[word.strip() for word in line.split(",")] for line in text.splitlines() if line.count(",") == 3])
     if not rows:
         return None
     name, total, _, capability = rows[0]
@@ -73,6 +75,16 @@ def _gpu(root: Path, run: Runner) -> dict[str, Any] | None:
     if len(rows) > 1:
         facts["note"] = f"{len(rows)} devices are not one pool of memory: with data parallelism each holds the whole plan, and only the speed multiplies."
     return facts
+
+
+def _visible(rows: list[list[str]]) -> list[list[str]]:
+    """Of all GPUs those that CUDA shows: what CUDA_VISIBLE_DEVICES numbers up to the first that there is not, as CUDA reads it; all where it gives names."""
+    words = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if words is None or any(letter.isalpha() for letter in words):
+        return rows
+    numbers = [int(word) if _is_number(word) else -1 for word in words.split(",")]
+    there = itertools.takewhile(lambda number: 0 <= number < len(rows), numbers)
+    return [rows[number] for number in there]
 
 
 def _rates(known: dict[str, Any] | None) -> dict[str, Any]:

@@ -166,6 +166,16 @@ def test_detect_unknown_gpus(tmp_path: Path) -> None:
     assert "N/A" in box.describe()
 
 
+@pytest.mark.parametrize(("words", "count"), [("", 0), ("-1", 0), ("1", 1), ("1,0", 2), ("0,7,1", 1), ("GPU-8932f937", 2)])
+def test_detect_what_cuda_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, count: int) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", words)
+    rows = ("NVIDIA Something, 24576, 20480, 8.9", "NVIDIA Other, 81920, 81000, 9.0")
+    box = Box(**detect_facts(machine(tmp_path, cpuinfo=ARM), smi(*rows), "Linux"))  # type: ignore[arg-type]
+    assert (box.is_gpu, box.devices if box.is_gpu else 0) == (count > 0, count)
+    if words[:1] == "1":
+        assert box.memory_bytes == 80 * GIB
+
+
 def status(rss_anon_gib: int) -> str:
     return f"Name:\tx\nVmRSS:\t{99 * 2**20} kB\nRssAnon:\t{rss_anon_gib * 2**20} kB\nRssFile:\t{50 * 2**20} kB\nRssShmem:\t0 kB\n"
 
