@@ -28,6 +28,15 @@ def one_line(text: object, limit: int = 300) -> str:
     return clean(" ".join(clean(text, 4 * limit).split()), limit)
 
 
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of an error's words; what kind it is where it has none.
+
+    >>> first_line(ValueError("no\\nand why")), first_line(AssertionError())
+    ('no', 'AssertionError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+
+
 def said(error: Exception, line: int = 0) -> str:
     """What kind of error it is and one line of its words, the first unless ``line`` says another.
 

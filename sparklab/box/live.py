@@ -58,7 +58,7 @@ class Look:
     """What this process holds on the devices: what the driver told last, with what the allocator has taken or given back since; without its word the
     allocator's own figure."""
     process_bytes: float = NA
-    """What this process holds of the pool that ``memory`` is about: on a unified box what it holds on the device too."""
+    """What this process holds of the pool that ``memory`` is about: resident memory; on a unified box its own, and what it holds on the device."""
     held_bytes: float = NA
     """What a plan speaks of: device memory where a device has its own, else the same."""
     held_peak_bytes: float = NA
@@ -125,7 +125,7 @@ class LiveMeter:
             on_device = reserved if is_na(on_device) else on_device + reserved - (0.0 if is_na(before) else before)
         swap_in, swap_out = self._swap_rates()
         memory = read_usable(self._proc, unified=self._unified)
-        mine = memory.rss_bytes + (on_device if self._unified and not is_na(on_device) else 0.0)
+        mine = memory.own_bytes + on_device if self._unified and not is_na(on_device) else memory.rss_bytes
         held = mine if self._unified or is_na(on_device) else on_device
         return Look(memory=memory, swap_in_rate=swap_in, swap_out_rate=swap_out, allocated_bytes=allocated, reserved_bytes=reserved,
                     device=device, device_bytes=on_device, process_bytes=mine, held_bytes=held,

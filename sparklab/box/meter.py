@@ -43,6 +43,8 @@ class MemorySnapshot:
     """What the process holds in memory."""
     rss_peak_bytes: float = NA
     """The most it ever held (VmHWM)."""
+    own_bytes: float = NA
+    """Of what it holds now, anonymous and shared memory: files it has mapped can go."""
 
     def within_limit(self) -> MemorySnapshot:
         """The pool as far as this container may have it: the same where it has no limit of its own."""
@@ -86,6 +88,7 @@ def read_memory(proc: Path = Path("/proc"), pid: int | None = None) -> MemorySna
         limit_free_bytes=group.get("free_bytes", NA),
         rss_bytes=process.get("VmRSS", NA),
         rss_peak_bytes=process.get("VmHWM", NA),
+        own_bytes=process.get("RssAnon", NA) + process.get("RssShmem", 0.0),
     )
 
 

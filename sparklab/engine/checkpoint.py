@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from sparklab.errors import RunError, SparklabError
 from sparklab.files import read_json, sync
+from sparklab.text import said
 from sparklab.units import MIB
 
 MANIFEST = "manifest.json"
@@ -149,7 +150,7 @@ def reading(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RuntimeError, SafetensorError) as error:
         if isinstance(error, SparklabError):
             raise
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        reason = said(error)
         raise RunError(f"checkpoint {folder.name} cannot be used ({reason})", f"delete {folder} and resume from the one before") from error
 
 

@@ -32,6 +32,7 @@ from sparklab.model.load import causal_lm, decoder_layers, keep_trainable, set_c
 from sparklab.planner.items import runtime, slack
 from sparklab.planner.recipe import Recipe
 from sparklab.planner.traced import Traced, TracedLine
+from sparklab.text import first_line
 
 CPU: Final = torch.device("cpu")  # fake tensors on a device that is not there end the process; the CPU's operations keep the same tensors
 TRACED: Final = 5  # layers of each stretch that are traced: the middle one touches neither the first nor the last
@@ -104,7 +105,7 @@ def _moments(recipe: Recipe, box: Box) -> tuple[list[Moment], int]:
                 _use_fused_dropout(model)
             moments = follow(model, recipe, row, Books())
     except RuntimeError as error:  # all that torch cannot do without numbers, and what its shapes alone do not allow, is one
-        reason = str(error).strip().splitlines()[0][:300]
+        reason = first_line(error)
         raise ModelError(f"{recipe.model!r} cannot be traced with this recipe: {reason}", "plan without the trace, or rehearse") from error
     return whole(moments, stretches), len(decoder_layers(model))
 

@@ -16,6 +16,7 @@ from sparklab.errors import ModelError
 from sparklab.model.hub import load_config
 from sparklab.model.load import keep_trainable, nf4_config
 from sparklab.planner.recipe import Recipe
+from sparklab.text import first_line
 
 META = torch.device("meta")
 
@@ -49,7 +50,7 @@ def on_meta(recipe: Recipe, dtype: torch.dtype, attention: str) -> tuple[Any, An
         with META:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except (KeyError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
+        reason = first_line(error)
         raise ModelError(f"transformers cannot make a language model of {recipe.model!r}: {reason}", "check its config.json") from error
     if recipe.method != "qlora":
         return model, None

@@ -16,6 +16,7 @@ from sparklab.model.experts import target_experts
 from sparklab.model.source import check_trainable
 from sparklab.model.stream import Tell, fetched, load_streamed
 from sparklab.planner.recipe import Recipe
+from sparklab.text import first_line
 from sparklab.units import NA
 
 # Of all families; PEFT takes those that a model has. Phi's and GPT-NeoX' are fused, DeepSeek's come out of a latent.
@@ -195,7 +196,7 @@ def nf4_config(recipe: Recipe, dtype: torch.dtype) -> Any:
 def _not_loadable(model: str, source: str, error: Exception) -> ModelError:
     """transformers' error in the user's words."""
     logging.getLogger(__name__).debug("loading %s failed", source, exc_info=error)
-    reason = str(error).strip().splitlines()[0][:300]
+    reason = first_line(error)
     if os.path.isdir(source):
         return ModelError(f"model {model!r} cannot be loaded: {reason}", "check that config.json, weights and tokenizer belong together")
     return ModelNotFound(f"model {model!r} is neither a directory nor a model the hub gives: {reason}", "check the name, or the network")

@@ -16,6 +16,7 @@ from sparklab.model.source import resolve
 from sparklab.planner.recipe import Recipe
 from sparklab.run.launch import child_environment
 from sparklab.run.process import answer_process, ask_process
+from sparklab.text import first_line
 
 Progress = Callable[[int, int | None], Any]
 _ERRORS = {error.__name__: error for error in (DataError, DataNotFound, DiskFull, ModelError, ModelNotFound)}
@@ -75,7 +76,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=os.path.isdir(where))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
+        reason = first_line(error)
         raise ModelNotFound(f"the tokenizer of {recipe.model!r} cannot be loaded: {reason}", "check the model's name or directory") from error
     folder = Path(request["folder"])
 

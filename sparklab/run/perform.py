@@ -49,6 +49,7 @@ from sparklab.model.blank import blank_base
 from sparklab.planner.items import answers_at_once
 from sparklab.planner.recipe import Recipe
 from sparklab.run import guard
+from sparklab.text import first_line
 from sparklab.units import KIB, MIB, NA, is_na, jsonable
 
 WARM_UPDATES: Final = 2  # at least: the first makes the optimizer's states, the second is the first whole one; a CPU's storages are followed in both
@@ -250,7 +251,7 @@ def main() -> int:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            tell(out_of_memory=str(error).splitlines()[0][:300])
+            tell(out_of_memory=first_line(error))
     return 0
 
 

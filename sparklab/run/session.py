@@ -30,7 +30,7 @@ from sparklab.run.events import EventReader, EventWriter, recall
 from sparklab.run.exhausted import Exhausted
 from sparklab.run.guard import Floors
 from sparklab.run.reporter import Reporter
-from sparklab.text import one_line
+from sparklab.text import first_line, one_line
 
 
 class Session:
@@ -69,7 +69,7 @@ class Session:
         snapshot = read_memory()
         return Exhausted(
             phase=(trainer.where if trainer is not None else "") or self.reporter.phase, step=trainer.state.global_step if trainer is not None else 0,
-            words=one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 300),
+            words=one_line(first_line(error)),
             measured_bytes=float(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else snapshot.rss_peak_bytes,
             available_bytes=snapshot.available_bytes, stuck=trainer.stuck if trainer is not None else "",
         )  # fmt: skip

@@ -228,8 +228,9 @@ def test_detect_a_mac(tmp_path: Path) -> None:
 
 
 def test_meter_reads_what_is_there(tmp_path: Path) -> None:
-    proc = machine(tmp_path, proc__pressure__memory="some avg10=1.25 avg60=0.00 avg300=0.00 total=9\nfull avg10=0.50 avg60=0.0 avg300=0.0 total=1\n",
-                   proc__77__status="Name:\tpython\nVmHWM:\t  2048 kB\nVmRSS:\t  1024 kB\nThreads:\t3\n") / "proc"  # fmt: skip
+    pressure = "some avg10=1.25 avg60=0.00 avg300=0.00 total=9\nfull avg10=0.50 avg60=0.0 avg300=0.0 total=1\n"
+    process = "Name:\tpython\nVmHWM:\t  2048 kB\nVmRSS:\t  1024 kB\nRssAnon:\t700 kB\nRssShmem:\t24 kB\nThreads:\t3\n"
+    proc = machine(tmp_path, proc__pressure__memory=pressure, proc__77__status=process) / "proc"
     seen = read_memory(proc, pid=77)
     assert seen.to_dict() == {
         "total_bytes": 125829120 * KIB,
@@ -244,6 +245,7 @@ def test_meter_reads_what_is_there(tmp_path: Path) -> None:
         "limit_free_bytes": None,
         "rss_bytes": 1024 * KIB,
         "rss_peak_bytes": 2048 * KIB,
+        "own_bytes": 724 * KIB,
     }
 
 
