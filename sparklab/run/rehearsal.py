@@ -20,6 +20,7 @@ from typing import Any, Final
 from sparklab import errors
 from sparklab.box import Box
 from sparklab.box.calibration import cache_folder, learn
+from sparklab.box.detect import CPU_RUNTIME_BYTES
 from sparklab.errors import RunFailed, SparklabError
 from sparklab.model.hub import load_config
 from sparklab.planner import render
@@ -335,7 +336,9 @@ def _notes(rehearsal: Rehearsal, answer: dict[str, Any]) -> tuple[str, ...]:
 def learned(rehearsal: Rehearsal, runtime_bytes: float) -> dict[str, Any]:
     """What later plans on this machine may use instead of assumptions: only what was measured at a size that says something of other sizes."""
     plan, here = rehearsal.plan, rehearsal.here
-    found: dict[str, Any] = {} if is_na(runtime_bytes) else {"runtime_bytes": runtime_bytes}
+    # On a CPU a run holds more than its rehearsal, which meets fewer shapes and so fewer of oneDNN's kernels: what is known of runs is the least.
+    least = 0.0 if here.is_gpu else CPU_RUNTIME_BYTES
+    found: dict[str, Any] = {} if is_na(runtime_bytes) else {"runtime_bytes": max(runtime_bytes, least)}
     peak, seconds = here.compute_flops(plan.ledger.dtype), rehearsal.update_seconds / plan.recipe.micro_batches_per_update
     share = reached_share(plan.cost, peak, here.bandwidth_bytes_per_second, seconds)
     if plan.cost.flops / peak >= LEAST_SECONDS and not is_na(share):

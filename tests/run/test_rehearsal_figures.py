@@ -9,6 +9,7 @@ from small_model import SHAPE, box, recipe
 
 import sparklab as sl
 from sparklab.box import calibration
+from sparklab.box.detect import CPU_RUNTIME_BYTES
 from sparklab.box.power import PowerMeter
 from sparklab.errors import DoesNotFit
 from sparklab.model.anatomy import Anatomy
@@ -40,6 +41,13 @@ def test_more_than_the_roofline_is_a_counting_error(tmp_path):
     content = impossible.to_dict()
     assert content["tflops"] is None and content["roofline_share"] is None
     assert any("counting error" in note for note in rehearsal._notes(impossible, {"runtime_bytes": None}))
+
+
+def test_a_rehearsal_on_a_cpu_never_plans_a_run_below_what_runs_hold(tmp_path):
+    here = box()
+    rehearsed = made(plan(recipe(tmp_path), box=here), here, 0.1)
+    assert rehearsal.learned(rehearsed, runtime_bytes=0.52 * GIB)["runtime_bytes"] == CPU_RUNTIME_BYTES
+    assert rehearsal.learned(rehearsed, runtime_bytes=0.9 * GIB)["runtime_bytes"] == 0.9 * GIB
 
 
 def test_what_is_learned_makes_the_next_plan_what_was_measured(calibrated):
