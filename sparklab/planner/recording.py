@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sparklab.model.anatomy import Anatomy
+from sparklab.model.parts import Attention
 from sparklab.planner.recipe import Recipe
 
 
@@ -15,3 +17,9 @@ def why_not_recorded(recipe: Recipe, on_cuda: bool) -> str:
         "dropout draws random numbers": recipe.dropout > 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def attention_is_recorded(anatomy: Anatomy) -> bool:
+    """Whether a kernel takes the model's attention that reads on the device where documents end: none does with soft-capped scores or sinks."""
+    parts = (part for block in anatomy.blocks for part in block.parts)
+    return not any(isinstance(part, Attention) and (part.capped or part.sinks) for part in parts)

@@ -13,7 +13,7 @@ from sparklab.planner.frozen_experts import FrozenExperts
 from sparklab.planner.fused import linears_of
 from sparklab.planner.holdings import Holdings
 from sparklab.planner.items import BESIDE_RECORDING, Item, Moment, loss_tile
-from sparklab.planner.recording import why_not_recorded
+from sparklab.planner.recording import attention_is_recorded, why_not_recorded
 from sparklab.planner.tape import Peak
 
 
@@ -241,7 +241,7 @@ class Step(Holdings):
             ends |= {start, min(start + 1, count - 1), start + block.count - 1}
             start += block.count
         moments = [self._tail_backward(), self._layer_forward(count - 1), *(self._layer_backward(index) for index in sorted(ends, reverse=True))]
-        if not why_not_recorded(self.recipe, self.box.is_gpu):
+        if not why_not_recorded(self.recipe, self.box.is_gpu) and attention_is_recorded(self.anatomy):
             moments = [Moment(moment.name, (*moment.items, self._beside_recording)) for moment in moments]
         moments.insert(0, self._loss())
         if self.full:
