@@ -6,7 +6,7 @@ from typing import Final
 
 MULTIPLE: Final = 32  # lengths are padded to one: oneDNN makes, and keeps, kernels for every shape that it meets
 ROWS: Final = 128  # most queries of a document whose weights are made at once, against all keys up to theirs
-TOGETHER: Final = 2**20  # most weights of several documents made at once
+TOGETHER: Final = 2**21  # most weights of several documents made at once
 NUMBERS: Final = 2**23  # most weights of one document made at once, unless MULTIPLE rows have more
 PRODUCTS: Final = 1024  # the longest padded document whose forward pass is products
 COLUMNS: Final = 4  # three parts of a number in fp32, and one more: bf16 products like even counts
