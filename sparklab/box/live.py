@@ -92,10 +92,13 @@ def _number(word: str) -> float:
 
 
 class LiveMeter:
-    """``with LiveMeter(unified) as meter: ... meter.look()``. ``unified``: what a process holds on a device lies in the same pool."""
+    """``with LiveMeter(unified) as meter: ... meter.look()``. ``unified``: what a process holds on a device lies in the same pool.
 
-    def __init__(self, unified: bool, proc: Path = Path("/proc"), run: Runner = run_command) -> None:
-        self._unified, self._proc, self._run = unified, proc, run
+    ``on_gpu``: this process computes on one, or will: what a plan speaks of is there, also while it holds nothing there yet.
+    """
+
+    def __init__(self, unified: bool, proc: Path = Path("/proc"), run: Runner = run_command, on_gpu: bool = False) -> None:
+        self._unified, self._proc, self._run, self._on_gpu = unified, proc, run, on_gpu
         self._dear: tuple[float, DeviceReading, dict[str, float], float] | None = None
         self._swapped = (time.monotonic(), *read_swapped(proc / "vmstat"))
         self._rates = (NA, NA)
@@ -125,11 +128,12 @@ class LiveMeter:
             on_device = reserved if is_na(on_device) else on_device + reserved - (0.0 if is_na(before) else before)
         swap_in, swap_out = self._swap_rates()
         memory = read_usable(self._proc, unified=self._unified)
-        mine = memory.own_bytes + on_device if self._unified and not is_na(on_device) else memory.rss_bytes
-        held = mine if self._unified or is_na(on_device) else on_device
+        there = 0.0 if self._on_gpu and is_na(on_device) else on_device
+        mine = memory.own_bytes + there if self._unified and not is_na(there) else memory.rss_bytes
+        held = mine if self._unified or is_na(there) else there
         return Look(memory=memory, swap_in_rate=swap_in, swap_out_rate=swap_out, allocated_bytes=allocated, reserved_bytes=reserved,
                     device=device, device_bytes=on_device, process_bytes=mine, held_bytes=held,
-                    held_peak_bytes=memory.rss_peak_bytes if is_na(on_device) else held if is_na(reserved) else held + most - reserved,
+                    held_peak_bytes=memory.rss_peak_bytes if is_na(there) else held if is_na(reserved) else held + most - reserved,
                     others=others, age_seconds=age)  # fmt: skip
 
     def look_dearly(self) -> None:

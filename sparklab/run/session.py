@@ -40,7 +40,7 @@ class Session:
         self.directory, self.events, self.began, self.floors = directory, events, began, floors
         self.recipe = directory.recipe
         self.box = Box.detect()
-        self.reporter = Reporter(directory, events, self._sample, LiveMeter(self.box.unified), floors)
+        self.reporter = Reporter(directory, events, self._sample, LiveMeter(self.box.unified, on_gpu=torch.cuda.is_available()), floors)
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
 

@@ -108,6 +108,12 @@ def test_what_a_plan_speaks_of_is_not_resident_memory(gb10, cuda, unified):
     assert look.process_bytes == (look.held_bytes if unified else look.memory.rss_bytes)
 
 
+def test_a_worker_that_has_not_begun_on_its_gpu_holds_nothing_of_it(gb10):
+    for unified, held in ((True, GIB), (False, 0)):
+        look = LiveMeter(unified, gb10, answers(""), on_gpu=True).look()
+        assert look.held_bytes == look.held_peak_bytes == held and is_na(look.device_bytes)  # not the 2 GiB of resident memory, nor its peak of 3
+
+
 def test_without_a_device_it_is_resident_memory(gb10):
     look = LiveMeter(False, gb10, answers("")).look()
     assert (look.process_bytes, look.held_bytes, look.held_peak_bytes) == (2 * GIB, 2 * GIB, 3 * GIB) and is_na(look.device_bytes)
