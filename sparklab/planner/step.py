@@ -149,7 +149,6 @@ class Step(Holdings):
             items.append(Item("head gradient at work", max(0.0, left), lambda: f"made with the loss: {vocabulary:,} x {hidden:,} x {width} B"))
         return Moment("loss", tuple(items))
 
-    @property
     def _beside_recording(self) -> Item:
         """What the loss takes of the allocator where the layers' two passes are CUDA graphs, whose memory nothing else can use in between."""
         width, tokens = self.anatomy.hidden * self.width, self.tokens
@@ -242,7 +241,8 @@ class Step(Holdings):
             start += block.count
         moments = [self._tail_backward(), self._layer_forward(count - 1), *(self._layer_backward(index) for index in sorted(ends, reverse=True))]
         if not why_not_recorded(self.recipe, self.box.is_gpu) and attention_is_recorded(self.anatomy):
-            moments = [Moment(moment.name, (*moment.items, self._beside_recording)) for moment in moments]
+            beside = self._beside_recording()
+            moments = [Moment(moment.name, (*moment.items, beside)) for moment in moments]
         moments.insert(0, self._loss())
         if self.full:
             moments.append(self._embedding_backward())
