@@ -96,7 +96,7 @@ class Box:
         if isinstance(box, Box):
             return box
         if box is not None and not isinstance(box, str):
-            raise BoxError(f"a {type(box).__name__} is no box", f"a sl.Box, or one of: {', '.join(cls.names())}")
+            raise BoxError(f"box is of type {type(box).__name__}", f"a sl.Box, or one of: {', '.join(cls.names())}")
         return cls.profile(box or "this")
 
     @classmethod

@@ -63,7 +63,7 @@ def test_a_box_may_be_given_by_name() -> None:
     assert sparklab.plan(config, method="lora", box="dgx-spark").best().box == spark
     with pytest.raises(BoxError, match=r"No box is called 'spark'[\s\S]*dgx-spark"):
         sparklab.plan(config, box="spark")
-    with pytest.raises(BoxError, match="a dict is no box"):
+    with pytest.raises(BoxError, match="box is of type dict"):
         sparklab.plan(config, box={"memory": 128})  # type: ignore[call-overload]
 
 
