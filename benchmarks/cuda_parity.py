@@ -367,7 +367,7 @@ def memory(folder: Path, method: str, layers: str) -> tuple[str, str]:
     ratio = (reading.tensors_bytes - held) / counted
     reserved = f", reserved {reading.reserved_bytes / 2**30:.3f}" if CUDA else ""
     return (f"{(reading.tensors_bytes - held) / 2**30:.4f} GiB of {counted / 2**30:.4f} planned ({ratio:.1%}; {planned.ledger.phases['train'][0]}){reserved}",
-            "" if 0.9 <= ratio <= 1.0001 else "more than planned" if ratio > 1 else "far less than planned")  # fmt: skip
+            "" if 0.9 <= ratio <= 1.0 else "more than planned" if ratio > 1 else "far less than planned")  # fmt: skip
 
 
 def recorded(folder: Path, family: str, changes: dict[str, Any]) -> tuple[str, str]:

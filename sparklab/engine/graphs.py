@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from sparklab.engine.attention import RECORDED
+from sparklab.text import first_line
 
 FULL_ENOUGH: Final = 7 / 8  # of a row's tokens: what is filled up costs as much as what was there
 FEWEST_DOCUMENTS: Final = 16  # that a graph has room for; room grows by doubling
@@ -282,7 +283,7 @@ class Graphs:
             else:
                 row.record(decode, lambda work: work(), self._record)
         except RuntimeError as error:  # of a kernel that cannot be recorded, or of memory
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            reason = first_line(error, 200)
         else:
             self._rows[kind] = row
             return row
